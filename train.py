@@ -1,0 +1,555 @@
+"""
+Train a GPT, dense or with memory layers, and say what it learned.
+
+    python train.py                                  # facts: a small corpus made on the spot; minutes on a laptop
+    python train.py --ffn dense                      # the same without memory: the control
+    python train.py --compare out/facts-memory-1337 out/facts-dense-1337
+    python train.py tinystories                      # after: python prepare_data.py tinystories
+    torchrun --standalone --nproc_per_node=8 train.py openwebtext
+    python train.py --resume --out-dir out/facts-memory-1337
+
+A run folder out/<run> holds config.json, log.jsonl, ckpt.pt, curves.png, at the end result.json, and what sample.py needs of the data.
+Batches are a function of (seed, step) alone and dropout is seeded by (seed, step, rank), so a resumed run is the run that never stopped.
+"""
+import argparse, contextlib, dataclasses, hashlib, inspect, json, math, os, platform, re, shutil, signal, subprocess, sys, time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import prepare_data
+from kernel import describe_backend
+from model import GPT, GPTConfig
+
+
+@dataclass
+class Settings(GPTConfig):
+    vocab_size: int = 0         # tokens in the vocabulary; 0: the data's, rounded up to a multiple of 64 if it is large
+    block_size: int = 0         # window length in tokens; 0: the data's (facts)
+    data: str = "data/facts"    # folder made by prepare_data.py
+    out_dir: str = ""           # run folder; default out/<preset>-<ffn>-<seed>
+    seed: int = 1337            # of weights, batches and dropout
+    max_steps: int = 5000       # optimizer steps
+    batch_size: int = 128       # windows per step, over all ranks
+    micro_batch_size: int = 0   # windows per forward pass and rank; 0: batch_size / ranks. Lower it when memory runs out
+    learning_rate: float = 3e-3 # peak, after warm-up; then straight down to zero
+    value_lr: float = 5e-3      # the same for the memory table's values
+    weight_decay: float = 0.1   # on matrices; not on embeddings, norms, half-keys and values
+    beta1: float = 0.9          # AdamW
+    beta2: float = 0.99         # AdamW
+    grad_clip: float = 1.0      # largest norm of the gradient; the values' gradient is clipped apart, to the same norm
+    warmup_steps: int = 100     # steps of linear warm-up
+    log_every: int = 100        # steps between log lines
+    eval_every: int = 1000      # steps between evaluations and checkpoints
+    eval_windows: int = 2048    # validation windows per evaluation
+    device: str = "auto"        # auto | cpu | cuda | mps
+    compile: bool = None        # torch.compile; default: with CUDA
+
+
+PRESETS = {  # what a preset changes in Settings; a name that starts with facts also says how its corpus is made
+    "facts": dict(n_layer=3, n_head=4, n_embd=64, mem_layers=(1,), mem_n_keys=128),
+    "tinystories": dict(data="data/tinystories", n_layer=6, n_head=6, n_embd=384, block_size=256, mem_layers=(1, 3, 5),
+                        max_steps=20000, batch_size=64, learning_rate=1e-3, value_lr=5e-3, log_every=50, eval_windows=512),
+    "openwebtext": dict(data="data/openwebtext", n_layer=12, n_head=12, n_embd=768, block_size=1024, mem_layers=(2, 6, 10),
+                        mem_n_keys=1024, max_steps=20000, batch_size=480, micro_batch_size=32, learning_rate=6e-4, value_lr=3e-3,
+                        beta2=0.95, warmup_steps=700, log_every=10, eval_every=500, eval_windows=1024),
+}
+FACTS = {"facts": dict(people=4000, documents=640_000)}
+MAY_CHANGE = {"device", "compile", "micro_batch_size", "log_every", "data"}  # on --resume: nothing that changes the run
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}  # bf16, dense
+
+
+class Trouble(Exception):
+    """Something the user can mend: printed as one line, exit status 1."""
+
+
+# ---- settings
+
+def read_settings(argv):
+    """Command line -> (Settings, preset, resume, runs to compare). Flags come from the dataclasses, their help from the comments there."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.error = lambda message: p.exit(2, f"train.py: {message} (python train.py --help lists every setting)\n")
+    p.add_argument("preset", nargs="?", default="facts", help="which defaults to start from: " + ", ".join(PRESETS))
+    p.add_argument("--resume", action="store_true", help="go on with the run in --out-dir")
+    p.add_argument("--compare", nargs="+", metavar="RUN", help="print and draw these run folders side by side, train nothing")
+    helps = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(GPTConfig) + inspect.getsource(Settings), re.M))
+    for f in dataclasses.fields(Settings):
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=block_numbers if f.type is tuple else f.type)
+        p.add_argument(flag(f.name), default=argparse.SUPPRESS, help=f"{helps[f.name]} ({f.default})".replace("%", "%%"), **kind)
+    given = vars(p.parse_args(argv))
+    preset, resume, runs = given.pop("preset"), given.pop("resume"), given.pop("compare")
+    if preset not in PRESETS:
+        p.error(f"preset {preset!r} is unknown: choose one of {', '.join(PRESETS)}")
+    s = Settings(**dict(ffn="memory") | PRESETS[preset] | given)
+    s.out_dir = s.out_dir or f"out/{preset}-{s.ffn}-{s.seed}"
+    if resume:
+        saved = read_json(Path(s.out_dir) / "config.json", "nothing to resume: give the folder of a run with --out-dir")["settings"]
+        saved["mem_layers"] = tuple(saved["mem_layers"])
+        for name in given.keys() - MAY_CHANGE - {"out_dir"}:
+            if given[name] != saved[name]:
+                raise Trouble(f"{flag(name)} {given[name]} is not the run's {saved[name]}: a resumed run keeps its settings, "
+                              f"start another with --out-dir")
+        s = Settings(**saved | {k: v for k, v in given.items() if k in MAY_CHANGE} | dict(out_dir=s.out_dir))
+    return s, preset, resume, runs
+
+
+def block_numbers(text):
+    return tuple(int(x) for x in text.split(","))
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def read_json(path, way_out):
+    try:
+        return json.loads(Path(path).read_text("utf-8"))
+    except (OSError, ValueError) as e:
+        raise Trouble(f"cannot read {path} ({type(e).__name__}): {way_out}") from None
+
+
+def write_whole(path, write):
+    """Write a file under another name, rename it when it is whole: whatever happens, what stood there before is not lost."""
+    part = Path(f"{path}.part")
+    try:
+        write(part)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:  # torch.save says RuntimeError when the disk is full
+        part.unlink(missing_ok=True)
+        raise Trouble(f"cannot write {path} ({str(e).splitlines()[0]}): free some space or choose another --out-dir; "
+                      f"what was saved before is still there") from None
+
+
+def write_json(path, content):
+    write_whole(path, lambda part: part.write_text(json.dumps(content, indent=1) + "\n", "utf-8"))
+
+
+def fit_to_data(s, world):
+    """Fill in what the data decides, and refuse what cannot work. Returns the data's meta.json."""
+    meta = read_json(Path(s.data) / "meta.json", f"prepare the data first: python prepare_data.py {Path(s.data).name}")
+    V, infinity = meta["vocab_size"], math.inf
+    s.vocab_size = s.vocab_size or (V if V < 10_000 else (V + 63) // 64 * 64)
+    s.block_size = s.block_size or meta.get("window", 256)
+    if s.vocab_size < V:
+        raise Trouble(f"--vocab-size {s.vocab_size} < {V} tokens in {s.data}: raise it or leave it out")
+    if s.block_size != meta.get("window", s.block_size):
+        raise Trouble(f"--block-size {s.block_size} is not {s.data}'s window of {meta['window']} tokens, one fact each: leave it out")
+    for names, low, high in (("max_steps batch_size log_every eval_every eval_windows", 1, infinity), ("beta1 beta2", 0, 1 - 1e-9),
+                             ("learning_rate value_lr grad_clip", 1e-30, infinity), ("weight_decay warmup_steps seed micro_batch_size", 0, infinity)):
+        for name in names.split():
+            if not low <= getattr(s, name) <= high:
+                raise Trouble(f"{flag(name)} {getattr(s, name)} is not between {low} and {high}: change it")
+    micro = s.micro_batch_size or s.batch_size // world
+    if micro < 1 or s.batch_size % (micro * world):
+        raise Trouble(f"--batch-size {s.batch_size} does not divide into {world} rank(s) x --micro-batch-size {micro}: change one of them")
+    try:
+        s.check()
+    except ValueError as e:  # it speaks of mem_topk, the user of --mem-topk
+        raise Trouble(re.sub(r"\b(" + "|".join(f.name for f in dataclasses.fields(s)) + r")\b", lambda m: flag(m[0]), str(e))) from None
+    return meta
+
+
+# ---- data
+
+class Loader:
+    """Windows of a .bin file: window i is tokens [i*T, (i+1)*T), its targets are one further on. Nothing to save: step s reads the
+    windows at places [s*batch_size, (s+1)*batch_size) of a shuffle that is seeded by (seed, epoch); every window once an epoch."""
+
+    def __init__(self, folder, split, meta, s):
+        path = Path(folder) / f"{split}.bin"
+        try:
+            self.tokens = np.memmap(path, dtype="<u2", mode="r")
+        except (OSError, ValueError) as e:
+            raise Trouble(f"cannot read {path} ({e.__class__.__name__}): prepare the data again") from None
+        if len(self.tokens) != meta["tokens"][split]:
+            raise Trouble(f"{path} has {len(self.tokens)} tokens, meta.json says {meta['tokens'][split]}: prepare the data again")
+        if path.stat().st_size < 2**30 and hashlib.sha256(self.tokens).hexdigest() != meta["sha256"][f"{split}.bin"]:
+            raise Trouble(f"{path} is not the file that meta.json describes (its sha256 differs): prepare the data again")
+        self.T, self.seed, self.batch_size = s.block_size, s.seed, s.batch_size
+        self.windows, self.epoch = (len(self.tokens) - 1) // self.T, None
+        if self.windows < 1:
+            raise Trouble(f"{path} has {len(self.tokens)} tokens, a window needs {self.T + 1}: lower --block-size or use more text")
+
+    def window(self, i):
+        """i (b,) window numbers -> x, y (b, T) int64."""
+        w = torch.from_numpy(self.tokens[np.asarray(i)[:, None] * self.T + np.arange(self.T + 1)].astype(np.int64))  # (b, T + 1)
+        return w[:, :-1], w[:, 1:]
+
+    def batch(self, step, rows):
+        """Rows of the global batch of a step, integers in [0, batch_size) -> x, y (b, T) int64."""
+        place = step * self.batch_size + np.asarray(rows)                   # (b,)
+        window = np.empty_like(place)                                       # (b,)
+        for epoch in np.unique(place // self.windows):
+            if epoch != self.epoch:
+                self.order, self.epoch = np.random.default_rng([self.seed, epoch]).permutation(self.windows), epoch  # (windows,)
+            here = place // self.windows == epoch                           # (b,)
+            window[here] = self.order[place[here] % self.windows]
+        return self.window(window)
+
+
+# ---- what the model knows
+
+def split(n, rank, world):
+    """This rank's part of range(n)."""
+    return range(n * rank // world, n * (rank + 1) // world)
+
+
+def sum_over_ranks(t):
+    if dist.is_initialized():
+        dist.all_reduce(t)
+    return t
+
+
+@torch.no_grad()
+def evaluate(model, loader, count, ctx, rank=0, world=1):
+    """Mean loss in nats per token over count windows, evenly spread over the validation set; the same ones every time."""
+    model.eval()
+    device, count = next(model.parameters()).device, min(count, loader.windows)
+    mine = [i * loader.windows // count for i in split(count, rank, world)]
+    total = 0.0
+    for i in range(0, len(mine), 64):
+        x, y = loader.window(mine[i:i + 64])                                # (b, T) both
+        with ctx:
+            total += model(x.to(device), y.to(device))[1].item() * len(x)
+    model.train()
+    return sum_over_ranks(torch.tensor(total, device=device)).item() / count
+
+
+@torch.no_grad()
+def ask_facts(model, facts, meta, read, rank=0, world=1, count=None):
+    """What the model knows of the facts corpus after reading a `read` share of it. With count: recall alone, over that many facts."""
+    known = np.flatnonzero(~facts["control"])
+    chosen = np.random.default_rng(0).permutation(known)[:count] if count else np.arange(len(facts["control"]))
+    mine = chosen[split(len(chosen), rank, world)]
+
+    def everywhere(x):  # (mine,) -> (F,): each rank fills in its part, the sum is the whole
+        whole = np.zeros(len(facts["control"]), np.float32)
+        whole[mine] = x
+        return sum_over_ranks(torch.from_numpy(whole).to(model.wte.weight.device)).cpu().numpy().astype(float)
+    right, nats = map(everywhere, model.answer(facts["seen"][mine], facts["seen_span"][mine]))
+    if count:
+        return dict(recall=right[chosen].mean())
+    unseen = everywhere(model.answer(facts["unseen"][mine], facts["unseen_span"][mine])[0])
+    exposures = facts["exposures"] * read
+    table, edges = [], [0, 1] + [2**i for i in range(1, 12)] + [math.inf]
+    for low, high in zip(edges, edges[1:]):
+        group = known[(exposures[known] >= low) & (exposures[known] < high)]
+        if len(group):
+            table.append({"from": low, "to": None if high == math.inf else high, "facts": len(group), "recall": right[group].mean()})
+    bits = max(0.0, (np.log2(meta["answers"]) * len(known) - nats[known].sum() / math.log(2)))
+    return dict(recall=right[known].mean(), recall_by_exposures=table, recall_control=right[facts["control"]].mean(),
+                recall_unseen_phrasing=unseen[known].mean(), bits_stored=bits, bits_per_param=bits / model.param_counts()["total"])
+
+
+# ---- optimizer, checkpoint
+
+def make_optimizer(model, s):
+    """AdamW in three groups that add up to the model: matrices (decayed), the rest (not), the memory's values (own rate, not)."""
+    values = [p for n, p in model.named_parameters() if n.endswith(".values")]
+    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and not n.startswith("wte") and not n.endswith(".values")]
+    rest = [p for n, p in model.named_parameters() if n.startswith("wte") or (p.dim() != 2)]
+    assert len(values) + len(matrices) + len(rest) == len(list(model.parameters()))
+    groups = [dict(params=matrices, peak=s.learning_rate, weight_decay=s.weight_decay), dict(params=rest, peak=s.learning_rate),
+              dict(params=values, peak=s.value_lr)]
+    device = next(model.parameters()).device.type
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=s.learning_rate, betas=(s.beta1, s.beta2), weight_decay=0.0,
+                             fused=device in ("cpu", "cuda")), values, matrices + rest
+
+
+def schedule(step, s):
+    """Share of the peak rate at a step: linear warm-up, then a straight line to zero at max_steps."""
+    return min(1, (step + 1) / max(s.warmup_steps, 1)) * (1 - step / s.max_steps)
+
+
+def save(path, model, optimizer, step, seconds, s):
+    """Tensors and plain types alone, so that it loads with weights_only=True."""
+    state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, seconds=seconds, settings=dataclasses.asdict(s))
+    write_whole(path, lambda part: torch.save(state, part))
+
+
+# ---- the run folder, what is printed and drawn of it
+
+def prepare_folder(out, s, step, hardware):
+    """config.json, the tokenizer and the facts, so that the folder stands alone; a resumed run drops what it logged past its checkpoint."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in ("meta.json", "tokenizer.tiktoken", "recall.npz"):
+            if (Path(s.data) / name).exists():
+                shutil.copy(Path(s.data) / name, out)
+        log = out / "log.jsonl"
+        kept = [x for x in log.read_text("utf-8").splitlines() if x.endswith("}") and json.loads(x)["step"] <= step] if step else []
+        write_whole(log, lambda part: part.write_text("".join(x + "\n" for x in kept), "utf-8"))
+    except OSError as e:
+        raise Trouble(f"cannot write in {out} ({e.strerror}): choose another --out-dir") from None
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent) if shutil.which("git") else None
+    write_json(out / "config.json", dict(
+        settings=dataclasses.asdict(s), command=" ".join(sys.argv), git=git.stdout.strip() if git else "", hardware=hardware,
+        versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)))
+
+
+def usage(model):
+    """Mean over the tables, reads of all ranks: (share of slots read, KL from uniform in nats), of the step that was counted."""
+    for table in model.tables:
+        sum_over_ranks(table.read_weight)
+    return np.mean([table.usage() for table in model.tables], axis=0).tolist() if model.tables else (None, None)
+
+
+def peak_memory(device):
+    """Bytes: of the GPU's memory, or of this process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    with contextlib.suppress(ImportError):  # not on Windows
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def report(r):
+    """The closing block of a run, one name and value a line."""
+    plain = r | {f"params_{k}": v for k, v in r["params"].items()}
+    lines = ["---"] + [f"{k:22s} {v:.4f}" if isinstance(v, float) else f"{k:22s} {v}" for k, v in plain.items() if isinstance(v, (int, float, str))]
+    if "recall" in r:
+        lines += ["", " times read   facts   recalled"]
+        for row in r["recall_by_exposures"]:
+            label = f"{row['from']}" if row["from"] + 1 == row["to"] else f"{row['from']} - {row['to'] - 1}" if row["to"] else f"{row['from']} - "
+            lines.append(f"{label:>11s} {row['facts']:7d}   {100 * row['recall']:5.1f} %  " + "#" * round(40 * row["recall"]))
+        lines.append(f"people who are never named (control)   {100 * r['recall_control']:.1f} %")
+    return "\n".join(lines)
+
+
+def read_run(folder):
+    way_out = "give folders of finished runs, as out/NAME"
+    try:
+        log = [json.loads(x) for x in (Path(folder) / "log.jsonl").read_text("utf-8").splitlines()]
+    except (OSError, ValueError):
+        log = []
+    return read_json(Path(folder) / "result.json", way_out), read_json(Path(folder) / "config.json", way_out)["settings"], log
+
+
+def draw(folders, path):
+    """Loss over tokens, FLOPs and seconds, and recall over tokens, seconds and exposures, of one or several finished runs."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    runs = {Path(f).name: read_run(f) for f in folders}
+    with_facts, kinds = all("recall" in r for r, _, _ in runs.values()), sorted({r["ffn"] for r, _, _ in runs.values()})
+    fig, axes = plt.subplots(1 + with_facts, 3, figsize=(15, 4 + 4 * with_facts), squeeze=False, constrained_layout=True)
+    for name, (r, _, log) in runs.items():
+        style = dict(color=f"C{kinds.index(r['ffn'])}", marker="o", ms=3, alpha=0.8, label=f"{name} ({r['ffn']})")
+        evals = [x for x in log if "val_loss" in x]
+        tokens, seconds = [x["tokens"] for x in evals], [x["seconds"] for x in evals]
+        panels = [("tokens read", tokens, "val_loss"), ("training FLOPs", [t * r["flops_per_token"] for t in tokens], "val_loss"),
+                  ("seconds", seconds, "val_loss"), ("tokens read", tokens, "recall"), ("seconds", seconds, "recall")]
+        for ax, (label, x, y) in zip(axes.flat, panels):
+            ax.plot(x, [e[y] for e in evals], **style)
+            ax.set(xlabel=label, ylabel="validation loss (nats per token)" if y == "val_loss" else "facts recalled")
+        if len(runs) == 1:
+            axes[0, 0].plot([x["tokens"] for x in log], [x["loss"] for x in log], lw=0.5, color="gray", label="training loss of single steps")
+        if with_facts:
+            rows = [row for row in r["recall_by_exposures"] if row["from"]]
+            axes[1, 2].plot([row["from"] for row in rows], [row["recall"] for row in rows], **style)
+            axes[1, 2].set(xlabel="times a fact was read (from)", ylabel="facts recalled", xscale="log")
+    axes[0, 0].legend(fontsize=8)
+    write_whole(path, lambda part: fig.savefig(part, dpi=80, format="png"))
+    plt.close(fig)
+
+
+def compare(folders):
+    """Print runs side by side; for settings that ran with several seeds the mean and standard deviation; ratios to the first; draw all."""
+    columns = {"tokens M": ("tokens", 1e-6), "seconds": ("seconds", 1), "tok/s k": ("tokens_per_s", 1e-3), "MFLOP/tok": ("flops_per_token", 1e-6),
+               "peak MiB": ("peak_memory_bytes", 2**-20), "val loss": ("val_loss", 1), "recall": ("recall", 1),
+               "unseen phr.": ("recall_unseen_phrasing", 1), "bits/param": ("bits_per_param", 1)}
+    groups = {}
+    print(f"{'run':36s}" + "".join(f"{title:>15s}" for title in columns))
+    for folder in folders:
+        r, settings, _ = read_run(folder)
+        numbers = [(r.get(key) or 0) * scale for key, scale in columns.values()]
+        print(f"{Path(folder).name:36s}" + "".join(f"{x:15.3f}" for x in numbers))
+        kind = json.dumps({k: v for k, v in settings.items() if k not in ("seed", "out_dir", *MAY_CHANGE)})
+        groups.setdefault(kind, (Path(folder).name, []))[1].append(numbers)
+    for name, numbers in groups.values():
+        if len(numbers) > 1:
+            print(f"{name + f', mean of {len(numbers)}':36s}" + "".join(f"{m:8.3f} ±{d:5.3f}" for m, d in zip(np.mean(numbers, 0), np.std(numbers, 0, ddof=1))))
+    (first, base), *others = groups.values()
+    for name, numbers in others:
+        print(f"{name} / {first}: " + " · ".join(f"{title} {a / b:.2f}" for title, a, b in zip(columns, np.mean(numbers, 0), np.mean(base, 0)) if b))
+    picture = Path(folders[0]).parent / "compare.png"
+    draw(folders, picture)
+    print(f"drawn: {picture}")
+    return 0
+
+
+# ---- the run
+
+def keep_freed_memory():
+    """Linux on a CPU: glibc hands large freed blocks back to the kernel, and every step pays page faults to get them again (8 of 30 ms
+    in the default run). Tell it to keep them: blocks up to 32 MiB on the heap, 1 GiB untrimmed, one arena for all threads."""
+    if sys.platform == "linux":
+        import ctypes
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        for parameter, value in ((-3, 2**25), (-1, 2**30), (-8, 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_ARENA_MAX
+            mallopt and mallopt(parameter, value)
+
+
+def choose_device(s, world):
+    """The device of this rank, as a string; starts the process group where there are several ranks."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    device = next(d for d in there if there[d]) if s.device == "auto" else s.device
+    if not there.get(device.split(":")[0]):
+        raise Trouble(f"--device {device} is not to be had on this machine: use --device cpu")
+    if world > 1:
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+    if device == "cpu":
+        keep_freed_memory()
+    return device
+
+
+def restore(out, meta, s, device):
+    """The checkpoint of a run that is to go on -> (model, checkpoint)."""
+    try:
+        model, state = GPT.load(out, device)
+    except ValueError as e:
+        raise Trouble(str(e)) from None
+    if read_json(out / "meta.json", "start another run with --out-dir")["sha256"] != meta["sha256"]:
+        raise Trouble(f"{s.data} is not the data that {out} was trained on: point --data at that")
+    if state["step"] >= s.max_steps:
+        raise Trouble(f"{out} has finished its {s.max_steps} steps: nothing to resume, start another with --out-dir out/NAME")
+    return model, state
+
+
+def train(s, preset, resume):
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device, out = choose_device(s, world), Path(s.out_dir)
+    cuda, say = device.startswith("cuda"), print if rank == 0 else lambda *a, **k: None
+    if rank == 0 and not resume and (out / "ckpt.pt").exists():
+        raise Trouble(f"{out} holds a run already: go on with it by --resume, or start another with --out-dir out/NAME")
+    default = PRESETS[preset].get("data", Settings.data)
+    if rank == 0 and preset in FACTS and s.data == default and not (Path(s.data) / "meta.json").exists():
+        prepare_data.make_facts(s.data, **FACTS[preset])
+    if world > 1:
+        dist.barrier()
+    meta = fit_to_data(s, world)
+    loader, val = Loader(s.data, "train", meta, s), Loader(s.data, "val", meta, s)
+    facts = dict(np.load(Path(s.data) / "recall.npz")) if "window" in meta else None
+
+    torch.manual_seed(s.seed)
+    torch.set_float32_matmul_precision("high")
+    ctx = torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext()
+    resume = resume and (out / "ckpt.pt").exists()  # a run that died before its first checkpoint starts again
+    model, state = restore(out, meta, s, device) if resume else (GPT(s).to(device), dict(step=0, seconds=0.0))
+    optimizer, values, others = make_optimizer(model, s)
+    if resume:
+        optimizer.load_state_dict(state["optimizer"])
+    step, seconds, counts, flops = state["step"], state["seconds"], model.param_counts(), model.flops_per_token()
+    use_compile = cuda if s.compile is None else s.compile
+    net = torch.compile(model) if use_compile else model
+    if world > 1:
+        net = torch.nn.parallel.DistributedDataParallel(net, device_ids=[device] if cuda else None)
+    micro = s.micro_batch_size or s.batch_size // world
+    accumulate, mine = s.batch_size // (micro * world), np.array_split(np.arange(s.batch_size), world)[rank]
+    tokens_per_step, read = s.batch_size * s.block_size, s.batch_size / loader.windows  # read: share of the corpus in a step
+    hardware = torch.cuda.get_device_name() if cuda else f"{device}, {torch.get_num_threads()} threads, {platform.machine()}"
+    peak = next((f * world for name, f in PEAK_FLOPS.items() if name in hardware), None)
+    if rank == 0:
+        prepare_folder(out, s, step, hardware)
+    say(f"{preset} · {s.ffn} · seed {s.seed} · {hardware} x {world} · torch {torch.__version__} · compile {'on' if use_compile else 'off'}\n"
+        + (describe_backend(device) if s.ffn == "memory" else "no memory layers") + "\nparameters: "
+        + " + ".join(f"{counts[k]:,} {k}" for k in ("embedding", "dense", "half_keys", "values"))
+        + f" = {counts['total']:,}, active {counts['active']:,} · {flops:,} FLOPs per token\ndata: {s.data}, {len(loader.tokens):,} tokens; "
+        f"{s.max_steps} steps of {tokens_per_step:,} read it {s.max_steps * read:.2f} times" + (f" · resumed at step {step}" if resume else ""))
+
+    stop = []  # first Ctrl-C: finish the step, save, leave; second: leave
+    for sig in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sig, lambda number, frame: os._exit(130) if stop else stop.append(number))
+    first, since, mark, timed_steps, timed_seconds = step, step, time.perf_counter(), 0, 0.0
+    while step < s.max_steps:
+        last = step + 1 == s.max_steps
+        eval_now = last or (step + 1) % s.eval_every == 0
+        log_now = eval_now or (step + 1) % s.log_every == 0
+        if s.dropout:
+            torch.manual_seed(hash((s.seed, step, rank)))
+        for table in model.tables:
+            table.count(log_now)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * schedule(step, s)
+        loss = torch.zeros((), device=device)
+        for m in range(accumulate):
+            x, y = (t.to(device, non_blocking=True) for t in loader.batch(step, mine[m * micro:(m + 1) * micro]))  # (micro, T) both
+            with net.no_sync() if world > 1 and m + 1 < accumulate else contextlib.nullcontext():
+                with ctx:
+                    part = net(x, y)[1] / accumulate
+                part.backward()
+            loss += part.detach()
+        norm = torch.nn.utils.clip_grad_norm_(others, s.grad_clip)
+        value_norm = torch.nn.utils.clip_grad_norm_(values, s.grad_clip) if values else norm
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        if not (log_now or step == first + 3 or (stop and world == 1)):
+            continue  # nothing below is needed, and nothing above waits for the device
+
+        loss = sum_over_ranks(loss) / world
+        if not torch.isfinite(loss + norm + value_norm):
+            raise Trouble(f"the loss is {loss.item():.3g} and the gradient norm {norm.item():.3g} at step {step}: lower --learning-rate "
+                          f"{s.learning_rate} or --value-lr {s.value_lr}; the last good checkpoint, if one was saved, is in {out}")
+        halt = sum_over_ranks(torch.tensor(float(len(stop)), device=device)).item() > 0 and not last
+        lap, steps = time.perf_counter() - mark, step - since
+        seconds += lap
+        if since > first or last:  # the first three steps compile and warm up: they are no measure of speed
+            timed_steps, timed_seconds = timed_steps + steps, timed_seconds + lap
+        if log_now:
+            used, kl = usage(model)
+            line = dict(step=step, tokens=step * tokens_per_step, seconds=round(seconds, 3), loss=loss.item(), norm=norm.item(),
+                        lr=s.learning_rate * schedule(step - 1, s), memory_usage=used, memory_kl=kl)
+            rate = tokens_per_step * steps / lap
+            say(f"step {step:6d} {100 * step / s.max_steps:3.0f}% · loss {line['loss']:.4f} · lr {line['lr']:.1e} · norm {line['norm']:.2f} · "
+                f"{1e3 * lap / steps:.0f} ms · {rate:,.0f} tok/s" + (f" · MFU {100 * rate * flops / peak:.0f}%" if peak else "")
+                + (f" · memory used {100 * used:.0f}% KL {kl:.2f}" if values else "")
+                + f" · {lap / steps * (s.max_steps - step) / 60:.1f} min left", flush=True)
+        if eval_now:
+            line["val_loss"] = evaluate(model, val, s.eval_windows, ctx, rank, world)
+            known = ask_facts(model, facts, meta, step * read, rank, world, None if last else 2000) if facts else {}
+            line |= {k: v for k, v in known.items() if k == "recall"}
+            say(f"            evaluation · val loss {line['val_loss']:.4f}" + (f" · recall {line['recall']:.3f}" if facts else ""), flush=True)
+        if rank == 0 and log_now:
+            with open(out / "log.jsonl", "a", encoding="utf-8") as f:
+                f.write(json.dumps(line) + "\n")
+        if rank == 0 and (eval_now or halt) and not last:
+            save(out / "ckpt.pt", model, optimizer, step, seconds, s)
+        if halt:
+            say(f"stopped at step {step} and saved: go on with --resume --out-dir {out}")
+            return 130
+        since, mark = step, time.perf_counter()
+
+    result = dict(seed=s.seed, ffn=s.ffn, tokens=step * tokens_per_step, seconds=seconds, tokens_per_s=tokens_per_step * timed_steps / timed_seconds,
+                  flops_per_token=flops, params=counts, peak_memory_bytes=peak_memory(device), val_loss=line["val_loss"], memory_usage=used,
+                  memory_kl=kl) | known
+    if rank == 0:
+        write_json(out / "result.json", result)
+        draw([out], out / "curves.png")
+        save(out / "ckpt.pt", model, optimizer, step, seconds, s)  # the last thing: a run that died before it finishes again on --resume
+        say(report(result) + f"\nsaved in {out}: ckpt.pt, result.json, curves.png")
+    return 0
+
+
+def main(argv=None):
+    try:
+        s, preset, resume, runs = read_settings(argv)
+        return compare(runs) if runs else train(s, preset, resume)
+    except torch.OutOfMemoryError as e:
+        message = f"out of memory ({str(e).splitlines()[0]}): lower --micro-batch-size, --block-size or --mem-n-keys"
+    except (Trouble, OSError) as e:
+        message = str(e)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    print("train.py: " + " ".join(message.split()), file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
