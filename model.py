@@ -8,6 +8,7 @@ embeddings, flash attention through scaled_dot_product_attention). Which block g
 
 B, T, C batch, tokens, channels · nh attention heads of size hs, C = nh*hs · V vocabulary · S, D slots and dim of the memory table
 """
+import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -204,8 +205,8 @@ class GPT(nn.Module):
     def answer(self, windows, spans):
         """Fill in the ends of sentences. windows (F, T) numpy tokens, spans (F, 2) = [start, end) of the answer in its window ->
         right (F,) bool: every token of the answer is the likeliest one after what stands before it; nats (F,): its cross-entropy."""
+        training, device, right, nats = self.training, self.wte.weight.device, [torch.empty(0, dtype=torch.bool)], [torch.empty(0)]
         self.eval()
-        device, right, nats = self.wte.weight.device, [torch.empty(0, dtype=torch.bool)], [torch.empty(0)]
         for i in range(0, len(windows), 1024):
             w = torch.from_numpy(windows[i:i + 1024].astype("int64")).to(device)             # (b, T)
             span = torch.from_numpy(spans[i:i + 1024].astype("int64")).to(device)            # (b, 2)
@@ -214,7 +215,7 @@ class GPT(nn.Module):
             logits, loss = self(w[:, :-1], w[:, 1:], reduction="none")                       # (b, T - 1, V), (b, T - 1)
             right.append(((logits.argmax(-1) == w[:, 1:]) | ~inside).all(dim=1).cpu())
             nats.append((loss * inside).sum(dim=1).cpu())
-        self.train()
+        self.train(training)
         return torch.cat(right).numpy(), torch.cat(nats).double().numpy()
 
     @classmethod
@@ -225,10 +226,12 @@ class GPT(nn.Module):
         if not path.exists():
             raise ValueError(f"{path} does not exist: give the folder of a run that has saved a checkpoint")
         try:
-            state = torch.load(path, map_location=device, weights_only=True, mmap=True)
+            # mapped, so that who does not use the optimizer's part does not read it; Windows cannot replace a mapped file
+            state = torch.load(path, map_location=device, weights_only=True, mmap=sys.platform != "win32")
             config = {f.name: state["settings"][f.name] for f in fields(GPTConfig)}
             model = cls(GPTConfig(**config | {"mem_layers": tuple(config["mem_layers"])}))
             model.load_state_dict(state["model"])
+            state["step"], state["optimizer"]
         except Exception as e:  # a foreign or broken file can raise anything
             raise ValueError(f"{path} is not a whole checkpoint of this program ({type(e).__name__}): train anew in another folder") from None
         return model.to(device), state

@@ -49,14 +49,16 @@ class Settings(GPTConfig):
 
 
 PRESETS = {  # what a preset changes in Settings; a name that starts with facts also says how its corpus is made
-    "facts": dict(n_layer=3, n_head=4, n_embd=64, mem_layers=(1,), mem_n_keys=128),
+    "facts": dict(n_layer=3, n_head=4, n_embd=64, mem_layers=(1,), mem_n_keys=128, mem_key_dim=16, value_lr=2e-2),
+    "facts-gpu": dict(data="data/facts-gpu", n_layer=8, n_head=8, n_embd=512, mem_layers=(2, 4, 6), mem_n_keys=512, max_steps=16_000,
+                      batch_size=512, learning_rate=1e-3, value_lr=1e-2),
     "tinystories": dict(data="data/tinystories", n_layer=6, n_head=6, n_embd=384, block_size=256, mem_layers=(1, 3, 5),
                         max_steps=20000, batch_size=64, learning_rate=1e-3, value_lr=5e-3, log_every=50, eval_windows=512),
     "openwebtext": dict(data="data/openwebtext", n_layer=12, n_head=12, n_embd=768, block_size=1024, mem_layers=(2, 6, 10),
                         mem_n_keys=1024, max_steps=20000, batch_size=480, micro_batch_size=32, learning_rate=6e-4, value_lr=3e-3,
                         beta2=0.95, warmup_steps=700, log_every=10, eval_every=500, eval_windows=1024),
 }
-FACTS = {"facts": dict(people=4000, documents=640_000)}
+FACTS = {"facts": dict(people=6000, documents=640_000), "facts-gpu": dict(people=100_000, documents=8_192_000)}
 MAY_CHANGE = {"device", "compile", "micro_batch_size", "log_every", "data"}  # on --resume: nothing that changes the run
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}  # bf16, dense
 
@@ -282,7 +284,7 @@ def prepare_folder(out, s, step, hardware):
         kept = [x for x in log.read_text("utf-8").splitlines() if x.endswith("}") and json.loads(x)["step"] <= step] if step else []
         write_whole(log, lambda part: part.write_text("".join(x + "\n" for x in kept), "utf-8"))
     except OSError as e:
-        raise Trouble(f"cannot write in {out} ({e.strerror}): choose another --out-dir") from None
+        raise Trouble(f"cannot write in {out} ({e.strerror or e}): choose another --out-dir") from None
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent) if shutil.which("git") else None
     write_json(out / "config.json", dict(
         settings=dataclasses.asdict(s), command=" ".join(sys.argv), git=git.stdout.strip() if git else "", hardware=hardware,
