@@ -58,7 +58,8 @@ def describe_backend(device):
     device = torch.device(device)
     if uses_triton(device):
         return f"gather: Triton kernels ({'interpreted on the CPU' if INTERPRETED else torch.cuda.get_device_name(device)})"
-    why = "chosen by backend()" if _backend == "torch" else TRITON_MISSING or f"Triton needs a CUDA GPU, this is {device.type}"
+    why = "chosen by backend()" if _backend == "torch" else TRITON_MISSING or (
+        "TRITON_INTERPRET is set" if device.type == "cuda" else f"Triton needs a CUDA GPU, this is {device.type}")
     return f"gather: torch's embedding_bag ({why})"
 
 
@@ -73,7 +74,8 @@ def gather_reference(values, indices, weights):
 
 
 def gather(values, indices, weights):
-    """Read R weighted rows of a table per token: y[t] = sum_r weights[t, r] * values[indices[t, r]] (PAPER: y = s V_I).
+    """Read R weighted rows of a table per token: y[t] = sum_r weights[t, r] * values[indices[t, r]]
+    (arXiv 2412.09764: y = s V).
 
     values (S, D) float32, bfloat16 or float64; indices (N, R) int32 or int64, each in [0, S); weights (N, R), cast to values' dtype
     (float32 if that is bfloat16). Returns (N, D) in values' dtype, summed in at least float32. Differentiable in values and weights,
@@ -227,7 +229,7 @@ gather_op.register_autograd(
 
 def candidates(K):
     """The pairs (i, j) that can be among the K largest sums of two sorted lists: (i+1)(j+1) <= K. All (i+1)(j+1) pairs above and left
-    of (i, j), itself included, score at least as much. K = 32 leaves 119 of 1,024. Returns two int64 tensors (M,)."""
+    of (i, j), itself included, score at least as much. K = 32 leaves 119 of 1,024. Returns (2, M) int64."""
     return torch.tensor([(i, j) for i in range(K) for j in range(K) if (i + 1) * (j + 1) <= K]).T
 
 
@@ -253,11 +255,11 @@ def topk_cpu_op(scores: torch.Tensor, K: int) -> torch.Tensor:
 topk_cpu_op.register_fake(lambda scores, K: scores.new_empty((*scores.shape[:-1], K), dtype=torch.int64))
 
 
-def topk_sums(scores, K):
-    """The K largest of the n*n sums scores[0, ..., i] + scores[1, ..., j], without building them (PAPER: product keys).
+def topk_sums(scores, K, pairs=None):
+    """The K largest of the n*n sums scores[0, ..., i] + scores[1, ..., j], without building them (product keys, arXiv 1907.05242).
 
     scores (2, ..., n) float -> best (..., K) the sums, largest first, differentiable in the scores; slots (..., K) int64 = i*n + j.
-    Exact: ties in any order. Raises ValueError if K > n.
+    Exact: ties in any order. pairs: candidates(K) on the scores' device, if at hand. Raises ValueError if K > n.
     """
     n = scores.shape[-1]
     if not 1 <= K <= n:
@@ -265,7 +267,7 @@ def topk_sums(scores, K):
     with torch.no_grad():
         halves = topk_indices(scores, K)                                    # (2, ..., K)
         best = scores.gather(-1, halves)                                    # (2, ..., K), largest first
-        pairs = candidates(K).to(scores.device)                             # (2, M)
+        pairs = candidates(K).to(scores.device) if pairs is None else pairs  # (2, M)
         pick = topk_indices(best[0].index_select(-1, pairs[0]) + best[1].index_select(-1, pairs[1]), K)  # (..., K) of the M sums
         halves = halves.gather(-1, pairs[:, pick])                          # (2, ..., K)
     return scores.gather(-1, halves).sum(0), halves[0] * n + halves[1]

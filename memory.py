@@ -1,7 +1,7 @@
 """
 A memory layer: a token looks up the K of S trained slots whose keys fit its query best, and reads their values.
 
-    s = softmax(top-K scores)        y = sum over the K slots of s * value        (Memory Layers at Scale, arXiv 2412.09764, section 3)
+    s = softmax(top-K scores)        y = sum over the K slots of s * value        (Memory Layers at Scale, arXiv 2412.09764)
 
 It holds S*D parameters and touches K*D of them: memory, not compute. Two ideas make it cheap. Product keys: the S = n*n keys are
 never built; a key is a pair of half-keys, so 2n dot products find the best of n*n slots (product_key_topk). And one table of values
@@ -16,17 +16,17 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernel import gather, topk_sums
+from kernel import candidates, gather, topk_sums
 
 
-def product_key_topk(queries, half_keys, K):
+def product_key_topk(queries, half_keys, K, pairs=None):
     """The K slots whose product keys score highest. Slot i*n + j has the key (half_keys[0, h, i], half_keys[1, h, j]).
 
     queries (N, H, 2, d), half_keys (2, H, n, d), one dtype -> scores (N, H, K), largest first, slots (N, H, K) int64 in [0, n*n).
-    Exact (PAPER: product keys). Raises ValueError if K > n.
+    Exact (product keys, arXiv 1907.05242). pairs: kernel.candidates(K), if at hand. Raises ValueError if K > n.
     """
     scores = queries.permute(2, 1, 0, 3) @ half_keys.transpose(-1, -2)      # (2, H, N, n)
-    best, slots = topk_sums(scores, K)                                      # (H, N, K) both
+    best, slots = topk_sums(scores, K, pairs)                               # (H, N, K) both
     return best.transpose(0, 1), slots.transpose(0, 1)                      # (N, H, K) both
 
 
@@ -71,7 +71,7 @@ class ProductKeyMemory(nn.Module):
     """One memory layer, in place of a block's MLP: x (B, T, C) -> (B, T, C). It owns query, half-keys and gate; the table is shared.
 
     Memory:  y = sum_h softmax(top-K scores of head h) @ values.  Memory+: out = W2 (y * silu(W1 x)), and with qk_norm the query
-    halves and half-keys are RMS-normed before they meet, the score divided by sqrt(d) (PAPER: the layer).
+    halves and half-keys are RMS-normed before they meet, the score divided by sqrt(d) (arXiv 2412.09764).
     """
 
     def __init__(self, config, table):
@@ -84,6 +84,7 @@ class ProductKeyMemory(nn.Module):
         self.half_keys = nn.Parameter(torch.empty(2, self.heads, self.n_keys, self.half_dim))     # (2, H, n, d)
         self.gate = nn.Linear(C, D, bias=False) if config.mem_gate else None                      # W1 (D, C)
         self.out = nn.Linear(D, C, bias=False) if config.mem_gate or D != C else None             # W2 (C, D)
+        self.register_buffer("pairs", candidates(self.topk), persistent=False)                    # (2, M), made once, kept on the device
         self.tables = [table]  # in a list, so that the table is a submodule of the GPT alone
 
     def search(self, x):
@@ -93,7 +94,7 @@ class ProductKeyMemory(nn.Module):
         if self.qk_norm:
             q = F.rms_norm(q, (self.half_dim,)) / math.sqrt(self.half_dim)  # (N, H, 2, d)
             keys = F.rms_norm(keys, (self.half_dim,))                       # (2, H, n, d)
-        scores, slots = product_key_topk(q, keys, self.topk)                # (N, H, K), (N, H, K)
+        scores, slots = product_key_topk(q, keys, self.topk, self.pairs)    # (N, H, K), (N, H, K)
         return slots, scores.float().softmax(dim=-1)
 
     def forward(self, x):

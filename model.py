@@ -144,7 +144,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """embedding N(0, 0.02) · matrices N(0, 1/sqrt(inputs)), those that write to the residual stream over sqrt(2 * n_layer) (nanoGPT) ·
-        half-keys U(+-1/sqrt(key dim)) · values N(0, 1/sqrt(D)) (PAPER: init) · norms 1."""
+        half-keys U(+-1/sqrt(key dim)) · values N(0, 1/sqrt(D)) (arXiv 2412.09764) · norms 1."""
         for name, p in self.named_parameters():
             if name.endswith("half_keys"):
                 p.uniform_(-1, 1).mul_((2 * p.shape[-1]) ** -0.5)           # (2, H, n, d)

@@ -46,10 +46,11 @@ class Settings(GPTConfig):
     eval_windows: int = 2048    # validation windows per evaluation
     device: str = "auto"        # auto | cpu | cuda | mps
     compile: bool = None        # torch.compile; default: with CUDA
+    profile: bool = False       # print where the time of 20 steps goes, operation by operation, and stop
 
 
 PRESETS = {  # what a preset changes in Settings; a name that starts with facts also says how its corpus is made
-    "facts": dict(n_layer=3, n_head=4, n_embd=64, mem_layers=(1,), mem_n_keys=128, mem_key_dim=16, value_lr=2e-2),
+    "facts": dict(n_layer=3, n_head=4, n_embd=64, mem_layers=(1,), mem_n_keys=128, mem_key_dim=16, value_lr=2e-2, log_every=250),
     "facts-gpu": dict(data="data/facts-gpu", n_layer=8, n_head=8, n_embd=512, mem_layers=(2, 4, 6), mem_n_keys=512, max_steps=16_000,
                       batch_size=512, learning_rate=1e-3, value_lr=1e-2),
     "tinystories": dict(data="data/tinystories", n_layer=6, n_head=6, n_embd=384, block_size=256, mem_layers=(1, 3, 5),
@@ -58,7 +59,7 @@ PRESETS = {  # what a preset changes in Settings; a name that starts with facts 
                         mem_n_keys=1024, max_steps=20000, batch_size=480, micro_batch_size=32, learning_rate=6e-4, value_lr=3e-3,
                         beta2=0.95, warmup_steps=700, log_every=10, eval_every=500, eval_windows=1024),
 }
-FACTS = {"facts": dict(people=6000, documents=640_000), "facts-gpu": dict(people=100_000, documents=8_192_000)}
+FACTS = {"facts": dict(people=8000, documents=640_000), "facts-gpu": dict(people=100_000, documents=8_192_000)}
 MAY_CHANGE = {"device", "compile", "micro_batch_size", "log_every", "data"}  # on --resume: nothing that changes the run
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}  # bf16, dense
 
@@ -321,31 +322,35 @@ def report(r):
 
 
 def read_run(folder):
+    """A finished run -> (result.json, its kind: the settings without what may differ between runs of one experiment, log.jsonl)."""
     way_out = "give folders of finished runs, as out/NAME"
+    r, settings = read_json(Path(folder) / "result.json", way_out), read_json(Path(folder) / "config.json", way_out)["settings"]
     try:
         log = [json.loads(x) for x in (Path(folder) / "log.jsonl").read_text("utf-8").splitlines()]
     except (OSError, ValueError):
-        log = []
-    return read_json(Path(folder) / "result.json", way_out), read_json(Path(folder) / "config.json", way_out)["settings"], log
+        raise Trouble(f"cannot read {folder}/log.jsonl: {way_out}") from None
+    return r, json.dumps({k: v for k, v in settings.items() if k not in ("seed", "out_dir", *MAY_CHANGE)}), log
 
 
 def draw(folders, path):
-    """Loss over tokens, FLOPs and seconds, and recall over tokens, seconds and exposures, of one or several finished runs."""
+    """Loss over tokens, FLOPs and seconds, recall over tokens, seconds and exposures; runs of one kind in one colour."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     runs = {Path(f).name: read_run(f) for f in folders}
-    with_facts, kinds = all("recall" in r for r, _, _ in runs.values()), sorted({r["ffn"] for r, _, _ in runs.values()})
+    with_facts, kinds = all("recall" in r for r, _, _ in runs.values()), []
     fig, axes = plt.subplots(1 + with_facts, 3, figsize=(15, 4 + 4 * with_facts), squeeze=False, constrained_layout=True)
-    for name, (r, _, log) in runs.items():
-        style = dict(color=f"C{kinds.index(r['ffn'])}", marker="o", ms=3, alpha=0.8, label=f"{name} ({r['ffn']})")
+    for name, (r, kind, log) in runs.items():
+        label = name if kind not in kinds else None
+        kinds += [kind] * (kind not in kinds)
+        style = dict(color=f"C{kinds.index(kind)}", marker="o", ms=3, alpha=0.8, label=label)
         evals = [x for x in log if "val_loss" in x]
         tokens, seconds = [x["tokens"] for x in evals], [x["seconds"] for x in evals]
         panels = [("tokens read", tokens, "val_loss"), ("training FLOPs", [t * r["flops_per_token"] for t in tokens], "val_loss"),
                   ("seconds", seconds, "val_loss"), ("tokens read", tokens, "recall"), ("seconds", seconds, "recall")]
-        for ax, (label, x, y) in zip(axes.flat, panels):
+        for ax, (xlabel, x, y) in zip(axes.flat, panels):
             ax.plot(x, [e[y] for e in evals], **style)
-            ax.set(xlabel=label, ylabel="validation loss (nats per token)" if y == "val_loss" else "facts recalled")
+            ax.set(xlabel=xlabel, ylabel="validation loss (nats per token)" if y == "val_loss" else "facts recalled")
         if len(runs) == 1:
             axes[0, 0].plot([x["tokens"] for x in log], [x["loss"] for x in log], lw=0.5, color="gray", label="training loss of single steps")
         if with_facts:
@@ -358,24 +363,25 @@ def draw(folders, path):
 
 
 def compare(folders):
-    """Print runs side by side; for settings that ran with several seeds the mean and standard deviation; ratios to the first; draw all."""
-    columns = {"tokens M": ("tokens", 1e-6), "seconds": ("seconds", 1), "tok/s k": ("tokens_per_s", 1e-3), "MFLOP/tok": ("flops_per_token", 1e-6),
-               "peak MiB": ("peak_memory_bytes", 2**-20), "val loss": ("val_loss", 1), "recall": ("recall", 1),
+    """Print runs side by side; of a kind that ran with several seeds the mean and standard deviation; ratios to the first kind; draw all."""
+    columns = {"tokens M": ("tokens", 1e-6), "seconds": ("seconds", 1), "tok/s k": ("tokens_per_s", 1e-3), "peak MiB": ("peak_memory_bytes", 2**-20),
+               "MFLOP/tok": ("flops_per_token", 1e-6), "val loss": ("val_loss", 1), "recall": ("recall", 1),
                "unseen phr.": ("recall_unseen_phrasing", 1), "bits/param": ("bits_per_param", 1)}
     groups = {}
     print(f"{'run':36s}" + "".join(f"{title:>15s}" for title in columns))
     for folder in folders:
-        r, settings, _ = read_run(folder)
+        r, kind, _ = read_run(folder)
         numbers = [(r.get(key) or 0) * scale for key, scale in columns.values()]
         print(f"{Path(folder).name:36s}" + "".join(f"{x:15.3f}" for x in numbers))
-        kind = json.dumps({k: v for k, v in settings.items() if k not in ("seed", "out_dir", *MAY_CHANGE)})
         groups.setdefault(kind, (Path(folder).name, []))[1].append(numbers)
     for name, numbers in groups.values():
         if len(numbers) > 1:
-            print(f"{name + f', mean of {len(numbers)}':36s}" + "".join(f"{m:8.3f} ±{d:5.3f}" for m, d in zip(np.mean(numbers, 0), np.std(numbers, 0, ddof=1))))
+            pairs = zip(np.mean(numbers, axis=0), np.std(numbers, axis=0, ddof=1))
+            print(f"{name + f', mean of {len(numbers)}':36s}" + "".join(f"{m:8.3f} ±{d:5.3f}" for m, d in pairs))
     (first, base), *others = groups.values()
     for name, numbers in others:
-        print(f"{name} / {first}: " + " · ".join(f"{title} {a / b:.2f}" for title, a, b in zip(columns, np.mean(numbers, 0), np.mean(base, 0)) if b))
+        ratios = zip(columns, np.mean(numbers, axis=0), np.mean(base, axis=0))
+        print(f"{name} / {first}: " + " · ".join(f"{title} {a / b:.2f}" for title, a, b in ratios if b))
     picture = Path(folders[0]).parent / "compare.png"
     draw(folders, picture)
     print(f"drawn: {picture}")
@@ -491,6 +497,13 @@ def train(s, preset, resume):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
+        if s.profile and step == first + 10:
+            profiler = torch.profiler.profile()
+            profiler.start()
+        if s.profile and step == first + 30:
+            profiler.stop()
+            say(profiler.key_averages().table(sort_by=f"self_{'cuda' if cuda else 'cpu'}_time_total", row_limit=30, max_name_column_width=60))
+            return 0
         if not (log_now or step == first + 3 or (stop and world == 1)):
             continue  # nothing below is needed, and nothing above waits for the device
 
