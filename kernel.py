@@ -74,8 +74,7 @@ def gather_reference(values, indices, weights):
 
 
 def gather(values, indices, weights):
-    """Read R weighted rows of a table per token: y[t] = sum_r weights[t, r] * values[indices[t, r]]
-    (arXiv 2412.09764: y = s V).
+    """Read R weighted rows of a table per token: y[t] = sum_r weights[t, r] * values[indices[t, r]] (arXiv 2412.09764, y = s V).
 
     values (S, D) float32, bfloat16 or float64; indices (N, R) int32 or int64, each in [0, S); weights (N, R), cast to values' dtype
     (float32 if that is bfloat16). Returns (N, D) in values' dtype, summed in at least float32. Differentiable in values and weights,

@@ -1,0 +1,91 @@
+"""What README.md says is true: its commands parse, its files exist, its cheap numbers are recomputed, its table is that of assets/facts.json."""
+import json
+import re
+import shlex
+import statistics
+from pathlib import Path
+
+import pytest
+
+import sample
+import train
+from model import GPT
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+SETUP = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && .venv/bin/"
+RUNS = json.loads((ROOT / "assets" / "facts.json").read_text("utf-8"))
+
+
+def test_it_opens_with_the_two_commands():
+    commands = [line.strip() for line in README.splitlines() if line.strip().startswith("python3 -m venv")]
+    assert commands == [SETUP + "python train.py", SETUP + "python -m pytest"]
+    assert "pytest" in (ROOT / ".ci" / "run").read_text() and README.index(commands[0]) < 1500
+
+
+def code():
+    """Every command in README: of indented lines, code blocks and `inline code`, comments taken off."""
+    spans = re.findall(r"`([^`\n]+)`", README) + README.splitlines()
+    for span in spans:
+        for command in span.split(" # ")[0].split("&&"):
+            if re.match(r"\s*(\.venv/bin/)?(python|torchrun) ", command) and "$" not in command and "NAME" not in command and "<" not in command:
+                yield command.strip()
+
+
+@pytest.mark.parametrize("command", sorted({c for c in code() if "train.py" in c and "--help" not in c}))
+def test_train_commands_parse(command):
+    settings, preset, resume, runs = train.read_settings(shlex.split(command.split("train.py", 1)[1]) if "--resume" not in command else [])
+    assert preset in train.PRESETS and settings.check if runs is None else runs
+
+
+def test_there_are_commands_and_flags_that_exist():
+    assert len({c for c in code() if "train.py" in c}) >= 8
+    known = {train.flag(f) for f in train.Settings.__dataclass_fields__} | {"--resume", "--compare", "--help", "--no-mem-gate", "--no-qk-norm", "--no-compile"}
+    known |= {"--" + name.replace("_", "-") for name in sample.NUMBERS} | {"--recall", "--ablate-memory", "--prompt", "--standalone", "--nproc_per_node"}
+    known |= {"--small", "--full", "--from-file", "--tokenizer"}
+    assert not set(re.findall(r"(?<![\w-])--[a-z][\w-]+", README)) - known
+
+
+def test_the_files_it_names_exist():
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
+    assert len(links) >= 9 and all((ROOT / link).exists() for link in links)
+
+
+@pytest.mark.parametrize("ffn", ["memory", "dense"])
+def test_sizes(ffn):
+    run = next(r for r in RUNS.values() if r["ffn"] == ffn)
+    settings = train.read_settings(["--ffn", ffn])[0]
+    settings.vocab_size, settings.block_size = run["vocab_size"], run["block_size"]
+    model = GPT(settings)
+    assert model.param_counts() == run["params"] and model.flops_per_token() == run["flops_per_token"]
+    assert f"{run['params']['total']:,}" in README and f"{run['flops_per_token']:,}" in README
+
+
+def test_dense_gets_no_fewer_flops():
+    flops = {r["ffn"]: r["flops_per_token"] for r in RUNS.values()}
+    assert flops["dense"] >= flops["memory"]
+
+
+KINDS = {"| Memory+ |": "facts-memory", "| dense |": "facts-dense", "| dense, equal time |": "facts-dense-long"}
+
+
+def of(kind, key):
+    values = [run[key] for name, run in RUNS.items() if re.fullmatch(kind + r"-\d", name)]
+    assert len(values) == 3
+    return values
+
+
+@pytest.mark.parametrize("row, kind", KINDS.items())
+def test_the_table_is_what_the_runs_gave(row, kind):
+    line = next(x for x in README.splitlines() if x.startswith(row))
+    for key, digits in (("recall", 3), ("seconds", 0), ("tokens_per_s", 0), ("val_loss", 3), ("recall_unseen_phrasing", 3)):
+        number = f"{statistics.mean(of(kind, key)):.{digits}f} ± {statistics.stdev(of(kind, key)):.{digits}f}"
+        assert number in line, (key, number, line)
+
+
+def test_what_it_claims_of_recall():
+    memory, dense, long = (statistics.mean(of(kind, "recall")) for kind in KINDS.values())
+    assert f"{memory / dense:.1f} times" in README and f"{memory / long:.1f} times" in README
+    assert memory >= 1.7 * dense and memory > long
+    seconds = [round(statistics.mean(of(kind, "seconds"))) for kind in ("facts-dense-long", "facts-memory")]
+    assert f"{seconds[0]} s of the memory model's {seconds[1]}" in README and seconds[0] >= 0.9 * seconds[1]
