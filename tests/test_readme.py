@@ -42,7 +42,7 @@ def test_there_are_commands_and_flags_that_exist():
     assert len({c for c in code() if "train.py" in c}) >= 8
     known = {train.flag(f) for f in train.Settings.__dataclass_fields__} | {"--resume", "--compare", "--help", "--no-mem-gate", "--no-qk-norm", "--no-compile"}
     known |= {"--" + name.replace("_", "-") for name in sample.NUMBERS} | {"--recall", "--ablate-memory", "--prompt", "--standalone", "--nproc_per_node"}
-    known |= {"--small", "--full", "--from-file", "--tokenizer"}
+    known |= {"--small", "--full", "--from-file", "--tokenizer", "--vocab-size"}
     assert not set(re.findall(r"(?<![\w-])--[a-z][\w-]+", README)) - known
 
 
@@ -87,5 +87,7 @@ def test_what_it_claims_of_recall():
     memory, dense, long = (statistics.mean(of(kind, "recall")) for kind in KINDS.values())
     assert f"{memory / dense:.1f} times" in README and f"{memory / long:.1f} times" in README
     assert memory >= 1.7 * dense and memory > long
+    bits = [f"{statistics.mean(of(kind, 'bits_per_param')):.3f}" for kind in KINDS.values()]
+    assert all(b in README for b in bits)
     seconds = [round(statistics.mean(of(kind, "seconds"))) for kind in ("facts-dense-long", "facts-memory")]
     assert f"{seconds[0]} s of the memory model's {seconds[1]}" in README and seconds[0] >= 0.9 * seconds[1]
