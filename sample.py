@@ -2,9 +2,9 @@
 Write with a trained run, ask it the facts it read, and take its memory away.
 
     python sample.py out/NAME                               # a document from its beginning, token by token
-    python sample.py out/NAME --prompt "Rolan Oakshaw works as a" --temperature 0
+    python sample.py out/NAME --prompt "Rasia Westshaw was born in" --temperature 0
     python sample.py out/NAME --recall                      # ten facts at random, and how many are right
-    python sample.py out/NAME --recall "Rolan Oakshaw"      # every fact about one person
+    python sample.py out/NAME --recall "Rasia Westshaw"     # every fact about one person
     python sample.py out/NAME --recall --ablate-memory      # the same questions, but the memory layers read zeros
 
 Text goes to stdout, one line about what was loaded to stderr. --recall (for runs on the facts corpus) prints a table: the beginning of
