@@ -1,23 +1,26 @@
 """
-The two operations a memory layer is made of, each as a plain definition beside a fast version:
+The operations a memory layer is made of, each as a plain definition beside a fast version:
 
     gather      y[t] = sum_r weights[t, r] * values[indices[t, r]]        read R slots of the value table per token
     topk_sums   the K largest of the n*n sums scores[0, i] + scores[1, j]     find those slots from 2n scores
+    adamw_      one step of AdamW on a bfloat16 table                          train a table in 10 bytes a value
 
     python kernel.py            check every fast version against its definition, then print a table of ms and GB/s
-    python kernel.py --plot     the same, and draw bandwidth over the value dim to assets/kernel.png
+    python kernel.py --plot     the same, and draw bandwidth over the value dim and the number of slots to assets/kernel.png
 
-The gather moves N*R rows and does two flops per number: it is bound by memory bandwidth, and everything below is about touching
-each row once. Three paths compute it: gather_reference (the definition), F.embedding_bag (CPUs and any device without Triton) and
-Triton kernels (CUDA). `backend("triton" | "torch" | "auto")` chooses; describe_backend() says what runs and why.
+A memory layer does two flops for each number it reads: it is bound by memory bandwidth, and everything below is about moving fewer
+bytes. Triton kernels run on CUDA, torch and numpy elsewhere. `backend("triton" | "torch" | "auto")` chooses; describe_backend() says
+what runs and why.
 
 N tokens · H heads · K slots read per head · R = H*K reads per token · n half-keys per side · S = n*n slots · D value dim
 """
 import argparse
+import functools
 import os
 import statistics
 import sys
 import time
+import warnings
 
 import numpy as np
 import torch
@@ -32,10 +35,13 @@ except ImportError as e:  # Windows, macOS: everything works without it
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU, slowly, in float32: for tests and for learning
 _backend = "auto"
+with warnings.catch_warnings():  # torch says once that sparse tensors are in beta: let it be now
+    warnings.simplefilter("ignore")
+    torch.sparse_csr_tensor([0, 0], [], [], (1, 1))
 
 
 def backend(name=None):
-    """Choose what gather() runs on: "auto" (Triton on CUDA, torch elsewhere), "triton" or "torch". Returns the choice in force."""
+    """Choose what the operations run on: "auto" (Triton on CUDA, torch elsewhere), "triton" or "torch". Returns the choice in force."""
     global _backend
     if name is not None:
         if name not in ("auto", "triton", "torch"):
@@ -47,20 +53,20 @@ def backend(name=None):
 
 
 def uses_triton(device):
-    """Whether gather() runs the Triton kernels for tensors on this device."""
+    """Whether the Triton kernels run for tensors on this device."""
     if _backend != "auto":
         return _backend == "triton"
     return triton is not None and torch.device(device).type == "cuda" and not INTERPRETED
 
 
 def describe_backend(device):
-    """One line for the start of a run: which path the gather takes on this device, and why."""
+    """One line for the start of a run: which path the memory's operations take on this device, and why."""
     device = torch.device(device)
     if uses_triton(device):
-        return f"gather: Triton kernels ({'interpreted on the CPU' if INTERPRETED else torch.cuda.get_device_name(device)})"
+        return f"memory: Triton kernels ({'interpreted on the CPU' if INTERPRETED else torch.cuda.get_device_name(device)})"
     why = "chosen by backend()" if _backend == "torch" else TRITON_MISSING or (
         "TRITON_INTERPRET is set" if device.type == "cuda" else f"Triton needs a CUDA GPU, this is {device.type}")
-    return f"gather: torch's embedding_bag ({why})"
+    return f"memory: torch's embedding_bag, numpy's sort ({why})"
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -73,75 +79,63 @@ def gather_reference(values, indices, weights):
     return torch.einsum("nr,nrd->nd", weights.to(wide), rows).to(values.dtype)  # (N, D)
 
 
-def gather(values, indices, weights):
+def gather(values, indices, weights, grad_sum=None):
     """Read R weighted rows of a table per token: y[t] = sum_r weights[t, r] * values[indices[t, r]] (arXiv 2412.09764, y = s V).
 
     values (S, D) float32, bfloat16 or float64; indices (N, R) int32 or int64, each in [0, S); weights (N, R), cast to values' dtype
     (float32 if that is bfloat16). Returns (N, D) in values' dtype, summed in at least float32. Differentiable in values and weights,
-    and the same bits on every run: no float atomics. Raises ValueError for shapes that do not fit.
+    and the same bits on every run: no float atomics. grad_sum (S, D) float32: the gradient of the values is added to it in place, only
+    in rows that were read, and values itself needs no grad. Raises ValueError for shapes that do not fit.
     """
     if values.dim() != 2 or indices.dim() != 2 or indices.shape != weights.shape:
         raise ValueError(f"gather wants values (S, D) and indices, weights of one shape (N, R); got values {tuple(values.shape)}, "
                          f"indices {tuple(indices.shape)}, weights {tuple(weights.shape)}")
     weights = weights.to(torch.promote_types(values.dtype, torch.float32))  # (N, R)
-    if uses_triton(values.device):
-        return torch.ops.nanomemory.gather(values.contiguous(), indices.contiguous(), weights.contiguous())
-    if values.device.type == "mps":
-        return gather_reference(values, indices, weights)  # embedding_bag has no per-sample weights' gradient there
-    return GatherTorch.apply(values, indices, weights)
+    if values.device.type == "mps" and grad_sum is None:
+        return gather_reference(values, indices, weights)  # no sampled_addmm there
+    return torch.ops.nanomemory.gather(values.contiguous(), indices.contiguous(), weights.contiguous(), grad_sum)
 
 
-def group_by_slot(indices, S):
-    """Turn "which slots does a token read" into "which tokens read a slot", the shape the gradient of the values needs.
+def group_by_slot(indices):
+    """Turn "which slots does a token read" into "which tokens read a slot", the order in which gradients are made.
 
-    indices (N, R) -> order (N*R,) the positions n*R + r sorted by slot, equal slots in order of position; starts (S+1,): the lookups
-    of slot s are order[starts[s] : starts[s+1]]. Example, N = 2, R = 2, S = 4: indices [[3, 1], [1, 0]] -> order [3, 1, 2, 0]
-    (slot 0 is read at position 3, slot 1 at 1 and 2, slot 3 at 0), starts [0, 1, 3, 3, 4].
+    indices (N, R) -> slots (N*R,) int32, sorted; order (N*R,) int64, the positions n*R + r they came from, equal slots in order of
+    position. Example, N = 2, R = 2: indices [[3, 1], [1, 0]] -> slots [0, 1, 1, 3], order [3, 1, 2, 0]: slot 0 is read at position 3,
+    which is token 3 // R = 1; slot 1 at positions 1 and 2, so its gradient is weights[1] * grad_y[0] + weights[2] * grad_y[1].
     """
-    slots, order = torch.sort(indices.reshape(-1).int(), stable=True)       # (N*R,), (N*R,): a radix sort, half the bytes as int32
-    starts = torch.searchsorted(slots, torch.arange(S + 1, device=slots.device, dtype=slots.dtype))  # (S+1,)
-    return order, starts
-
-
-class GatherTorch(torch.autograd.Function):
-    """gather with F.embedding_bag, which never builds the (N, R, D) rows. Its gradient of the table is slower than need
-    be; ours is another forward: for slot s, the sum of the output gradients of the tokens that read s, found by group_by_slot."""
-
-    @staticmethod
-    def forward(ctx, values, indices, weights):
-        ctx.save_for_backward(values, indices, weights)
-        return bag(values, indices, weights)                                # (N, D)
-
-    @staticmethod
-    def backward(ctx, grad_y):
-        values, indices, weights = ctx.saved_tensors
-        R, grad_values, grad_weights = indices.shape[1], None, None
-        if ctx.needs_input_grad[0]:
-            order, starts = group_by_slot(indices, len(values))             # (N*R,), (S+1,)
-            grad_values = bag(grad_y, order // R, weights.reshape(-1)[order], starts).to(values.dtype)  # (S, D)
-        if ctx.needs_input_grad[2] and indices.numel() == 0:
-            grad_weights = torch.zeros_like(weights)                        # (N, R), N or R is 0
-        elif ctx.needs_input_grad[2]:                                       # <grad_y[t], values[indices[t, r]]>: embedding_bag's own
-            wide, lookups = weights.dtype, torch.arange(indices.numel(), device=indices.device)          # (N*R,)
-            grad_weights = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-                grad_y.to(wide), values.to(wide), indices.long().reshape(-1), lookups[::R], lookups // R, 0).view_as(weights)  # (N, R)
-        return grad_values, None, grad_weights
+    return torch.sort(indices.reshape(-1).int(), stable=True)               # (N*R,), (N*R,): a radix sort, half the bytes as int32
 
 
 def bag(values, indices, weights, starts=None):
-    """F.embedding_bag in at least float32. indices, weights (N, R), or (N*R,) with bag b = starts[b] : starts[b+1] -> (bags, D)."""
-    wide, indices = torch.promote_types(values.dtype, torch.float32), indices.long()
+    """F.embedding_bag in at least float32. indices, weights (N, R), or (L,) with bag b = starts[b] : starts[b+1] -> (bags, D)."""
     if len(values) == 0 or indices.numel() == 0:
-        return values.new_zeros(len(indices) if starts is None else len(starts) - 1, values.shape[1])
-    y = F.embedding_bag(indices, values.to(wide), starts, mode="sum", per_sample_weights=weights.to(wide),
-                        include_last_offset=starts is not None)
-    return y.to(values.dtype)
+        return weights.new_zeros(len(indices) if starts is None else len(starts) - 1, values.shape[1])
+    return F.embedding_bag(indices.long(), values.to(weights.dtype), starts, mode="sum", per_sample_weights=weights,
+                           include_last_offset=starts is not None)
+
+
+def gather_backward_torch(grad_y, values, indices, weights, wants_values):
+    """The gradient of the table is another forward: for slot s, the weighted sum of the grad_y of the tokens that read s. That of a
+    weight is <grad_y[t], values[indices[t, r]]>: entries of the matrix product grad_y values^T at N*R of its N*S places."""
+    (N, R), S, grad_values = indices.shape, len(values), None
+    grad_y, values, tokens = grad_y.to(weights.dtype), values.to(weights.dtype), torch.arange(N, device=values.device)
+    if wants_values:
+        slots, order = group_by_slot(indices)                               # (N*R,), (N*R,)
+        starts = torch.searchsorted(slots, torch.arange(S + 1, dtype=torch.int32, device=slots.device))  # (S+1,)
+        token = tokens[:, None].expand(N, R).reshape(-1).index_select(0, order)                          # (N*R,)
+        grad_values = bag(grad_y, token, weights.view(-1).index_select(0, order), starts)                # (S, D)
+    if R > S or indices.numel() == 0:  # the whole product is no larger
+        return grad_values, (grad_y @ values.T).gather(1, indices.long())   # (S, D), (N, R)
+    places = torch.sparse_csr_tensor(torch.arange(0, N * R + 1, R, device=values.device), indices.long().view(-1), weights.view(-1),
+                                     (N, S), check_invariants=False)        # (N, S), R of them in each row
+    return grad_values, torch.sparse.sampled_addmm(places, grad_y, values.T, beta=0.0).values().view(N, R)  # (S, D), (N, R)
 
 
 if triton is not None:
     @triton.jit
     def gather_kernel(values, indices, weights, y, R, D, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
-        """One program: BLOCK_D dims of one token's output. Moves R rows in, one row out. values (S, D), indices, weights (N, R), y (N, D)."""
+        """One program: BLOCK_D dims of one token's output, BLOCK_R rows in flight. Moves R rows in, one row out: N*R*D numbers in all,
+        against 3 N*R*D when the rows are gathered, stored and summed. values (S, D), indices, weights (N, R), y (N, D)."""
         t = tl.program_id(0).to(tl.int64)
         d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)              # (BLOCK_D,)
         total = tl.zeros((BLOCK_D,), tl.float32)                            # (BLOCK_D,)
@@ -150,126 +144,334 @@ if triton is not None:
             slot = tl.load(indices + t * R + r, mask=r < R, other=0).to(tl.int64)  # (BLOCK_R,): 64 bits, since S*D may pass 2^31
             w = tl.load(weights + t * R + r, mask=r < R, other=0.0)         # (BLOCK_R,)
             row = tl.load(values + slot[:, None] * D + d[None, :], mask=(r < R)[:, None] & (d < D)[None, :], other=0.0)
-            total += tl.sum(w[:, None] * row.to(tl.float32), axis=0)        # (BLOCK_D,)
+            total += tl.sum(w[:, None] * row.to(tl.float32), axis=0)        # (BLOCK_D,): rows are in the same thread, no shuffles
         tl.store(y + t * D + d, total.to(y.dtype.element_ty), mask=d < D)
 
     @triton.jit
-    def grad_weights_kernel(values, indices, grad_y, grad_w, R, D, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
-        """One program: BLOCK_R reads of one token. grad_w[t, r] = <grad_y[t], values[indices[t, r]]>: the rows are read once more."""
-        t = tl.program_id(0).to(tl.int64)
-        r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)              # (BLOCK_R,)
-        slot = tl.load(indices + t * R + r, mask=r < R, other=0).to(tl.int64)  # (BLOCK_R,)
-        total = tl.zeros((BLOCK_R,), tl.float32)                            # (BLOCK_R,)
-        for d0 in range(0, D, BLOCK_D):
-            d = d0 + tl.arange(0, BLOCK_D)                                  # (BLOCK_D,)
-            g = tl.load(grad_y + t * D + d, mask=d < D, other=0.0).to(tl.float32)  # (BLOCK_D,)
-            row = tl.load(values + slot[:, None] * D + d[None, :], mask=(r < R)[:, None] & (d < D)[None, :], other=0.0)
-            total += tl.sum(row.to(tl.float32) * g[None, :], axis=1)        # (BLOCK_R,)
-        tl.store(grad_w + t * R + r, total, mask=r < R)
+    def add_from(x, x_starts, y, y_starts):
+        """Two neighbouring stretches of a sum that begins anew where starts is true."""
+        return tl.where(y_starts, y, x + y), x_starts | y_starts
 
     @triton.jit
-    def grad_values_kernel(grad_y, weights, order, starts, grad_v, R, D, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr):
-        """One program: BLOCK_D dims of one slot's gradient, its lookups (from group_by_slot) summed in order. A slot that nobody read
-        costs the store of its zeros. grad_y (N, D), weights (N*R,), order (N*R,), starts (S+1,), grad_v (S, D)."""
-        s = tl.program_id(0).to(tl.int64)
-        d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)              # (BLOCK_D,)
-        first, last = tl.load(starts + s), tl.load(starts + s + 1)
-        total = tl.zeros((BLOCK_D,), tl.float32)                            # (BLOCK_D,)
-        for l0 in range(first, last, BLOCK_L):
-            l = l0 + tl.arange(0, BLOCK_L)                                  # (BLOCK_L,)
-            position = tl.load(order + l, mask=l < last, other=0)           # (BLOCK_L,)
-            w = tl.load(weights + position, mask=l < last, other=0.0)       # (BLOCK_L,)
-            g = tl.load(grad_y + (position // R)[:, None] * D + d[None, :], mask=(l < last)[:, None] & (d < D)[None, :], other=0.0)
-            total += tl.sum(w[:, None] * g.to(tl.float32), axis=0)          # (BLOCK_D,)
-        tl.store(grad_v + s * D + d, total.to(grad_v.dtype.element_ty), mask=d < D)
+    def gather_backward_kernel(grad_y, values, weights, slots, order, grad_w, grad_sum, edges, edge_slots, L, R, D,
+                               CHUNK: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, FIRST: tl.constexpr):
+        """One program: BLOCK_D dims of CHUNK lookups in order of slot, BLOCK_L at a time, for both gradients. A slot's row of values
+        is read once for all its lookups, grad_y (small) comes from the cache; a slot no one reads costs nothing, one that everyone
+        reads is many programs' work. Sums of slots that lie whole in the chunk are added to grad_sum; the first and the last may go
+        on in a neighbour, so their parts go to edges, a list of lookups again, 2 for each program, for the next round (not FIRST).
+        grad_y (N, D), values (S, D), weights, slots, order (L,), grad_w (D blocks, L), grad_sum (S, D), edges (2 * programs, D)."""
+        p, block = tl.program_id(0), tl.program_id(1)
+        d = block * BLOCK_D + tl.arange(0, BLOCK_D)                         # (BLOCK_D,)
+        slots, order, count = slots + p * CHUNK, order + p * CHUNK, tl.minimum(L - p * CHUNK, CHUNK)
+        head = tl.load(slots - 1, mask=p > 0, other=-1)                     # the slot that may have begun in the program before
+        tail = tl.load(slots + count, mask=p * CHUNK + count < L, other=-1)  # the slot that may go on in the next
+        total = tl.zeros((BLOCK_D,), tl.float32)                            # (BLOCK_D,): the part of a slot that a tile leaves open
+        for l0 in range(0, count, BLOCK_L):
+            l = l0 + tl.arange(0, BLOCK_L)                                  # (BLOCK_L,): places in the chunk
+            here = (l < count)[:, None] & (d < D)[None, :]                  # (BLOCK_L, BLOCK_D)
+            slot = tl.load(slots + l, mask=l < count, other=-2)             # (BLOCK_L,)
+            begins = slot != tl.load(slots + l - 1, mask=(l < count) & (l > 0), other=-3)         # (BLOCK_L,): in this chunk
+            ends = (slot != tl.load(slots + l + 1, mask=l + 1 < count, other=-1)) & (l < count)   # (BLOCK_L,): in this chunk
+            position = tl.load(order + l, mask=l < count, other=0)          # (BLOCK_L,)
+            w = tl.load(weights + position, mask=l < count, other=0.0)      # (BLOCK_L,)
+            g = tl.load(grad_y + (position // R).to(tl.int64)[:, None] * D + d[None, :], mask=here, other=0.0).to(tl.float32)
+            row = slot.to(tl.int64)[:, None] * D + d[None, :]               # (BLOCK_L, BLOCK_D)
+            if FIRST:
+                v = tl.load(values + row, mask=here, other=0.0).to(tl.float32)                    # (BLOCK_L, BLOCK_D)
+                tl.store(grad_w + block.to(tl.int64) * L + position, tl.sum(g * v, axis=1), mask=l < count)
+            x = w[:, None] * g + tl.where((l == l0)[:, None], total[None, :], 0.0)                # (BLOCK_L, BLOCK_D)
+            x, _ = tl.associative_scan((x, tl.broadcast_to(begins[:, None], x.shape)), 0, add_from)
+            edge = (slot == head) | (slot == tail)                          # (BLOCK_L,)
+            whole = here & (ends & ~edge)[:, None]                          # (BLOCK_L, BLOCK_D)
+            tl.store(grad_sum + row, tl.load(grad_sum + row, mask=whole, other=0.0) + x, mask=whole)
+            place = (2 * p + (slot != head)).to(tl.int64)[:, None] * D + d[None, :]               # (BLOCK_L, BLOCK_D): head, then tail
+            tl.store(edges + place, x, mask=here & (ends & edge)[:, None])
+            total = tl.sum(tl.where(((l == l0 + BLOCK_L - 1) & ~ends)[:, None], x, 0.0), axis=0)  # (BLOCK_D,)
+        first, last = tl.load(slots), tl.load(slots + count - 1)
+        edge_row = edges + (2 * p).to(tl.int64) * D + d                     # (BLOCK_D,)
+        if first != head:                                                   # nothing came from before
+            tl.store(edge_row, tl.zeros((BLOCK_D,), tl.float32), mask=d < D)
+        if (last != tail) | (last == head):                                 # nothing goes on, or all of it is in the head
+            tl.store(edge_row + D, tl.zeros((BLOCK_D,), tl.float32), mask=d < D)
+        if block == 0:
+            tl.store(edge_slots + 2 * p, first)
+            tl.store(edge_slots + 2 * p + 1, last)
 
 
-def blocks(R, D):
-    """Tile sizes: a power of two that covers D up to 512, and about 4,096 numbers in flight per program."""
-    BLOCK_D = min(triton.next_power_of_2(max(D, 1)), 512)
-    return min(max(4096 // BLOCK_D, 1), 32, triton.next_power_of_2(max(R, 1))), BLOCK_D
+def tile(D):
+    """Dims and rows of a tile of about 2,048 numbers, and the warps for it: at 8 numbers a thread a bfloat16 row is read 16 bytes at a time.
+    A power of two that covers a small D, or divides a large one."""
+    block_d = min(max(D & -D, 256), triton.next_power_of_2(max(D, 1)), 1024)
+    return max(2048 // block_d, 4), block_d, max(block_d // 256, 1)
 
 
-# custom_op makes the kernels one opaque node for torch.compile (no graph break); the fake says only what shape comes out.
-@torch.library.custom_op("nanomemory::gather", mutates_args=())
-def gather_op(values: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def gather_triton(values, indices, weights):
     (N, R), D = indices.shape, values.shape[1]
     y = values.new_empty(N, D)                                              # (N, D)
+    rows, block_d, warps = tile(D)
     if y.numel():
-        BLOCK_R, BLOCK_D = blocks(R, D)
-        gather_kernel[(N, triton.cdiv(D, BLOCK_D))](values, indices, weights, y, R, D, BLOCK_R, BLOCK_D)
+        gather_kernel[(N, triton.cdiv(D, block_d))](values, indices, weights, y, R, D, min(rows, triton.next_power_of_2(max(R, 1))), block_d,
+                                                    num_warps=warps)
     return y
 
 
-@torch.library.custom_op("nanomemory::gather_backward", mutates_args=())
-def gather_backward_op(grad_y: torch.Tensor, values: torch.Tensor, indices: torch.Tensor,
-                       weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    (N, R), (S, D) = indices.shape, values.shape
-    grad_v, grad_w = torch.empty_like(values), torch.empty_like(weights)    # (S, D), (N, R)
-    if grad_v.numel():
-        order, starts = group_by_slot(indices, S)                           # (N*R,), (S+1,)
-        BLOCK_L, BLOCK_D = blocks(32, D)
-        grad_values_kernel[(S, triton.cdiv(D, BLOCK_D))](grad_y, weights, order, starts, grad_v, R, D, BLOCK_L, BLOCK_D)
-    if grad_w.numel():
-        BLOCK_R, BLOCK_D = blocks(R, D)
-        grad_weights_kernel[(N, triton.cdiv(R, BLOCK_R))](values, indices, grad_y, grad_w, R, D, BLOCK_R, BLOCK_D)
-    return grad_v, grad_w
+def gather_backward_triton(grad_y, values, indices, weights, grad_sum, chunk=128):
+    """Adds the values' gradient to grad_sum (S, D) float32; returns that of the weights (N, R)."""
+    (N, R), D = indices.shape, values.shape[1]
+    if N * R * D == 0:
+        return torch.zeros_like(weights)                                    # (N, R)
+    slots, order = group_by_slot(indices)                                   # (L,), (L,), L = N * R
+    order = order.int()                                                     # (L,): 64-bit division is slow on a GPU
+    rows, block_d, warps = tile(D)
+    rows, blocks, first = min(rows, 4), triton.cdiv(D, block_d), True  # the sum needs registers: 4 rows fit
+    grad_w = weights.new_empty(blocks, N, R)                                # (D blocks, N, R)
+    while True:  # lookups, then the edges of their chunks, then the edges of those, ...
+        L = len(slots)
+        programs = triton.cdiv(L, chunk)
+        edges, edge_slots = weights.new_empty(2 * programs, D), slots.new_empty(2 * programs)
+        gather_backward_kernel[(programs, blocks)](grad_y, values, weights, slots, order, grad_w, grad_sum, edges, edge_slots, L, R, D,
+                                                   chunk, rows, block_d, first, num_warps=warps)
+        if programs == 1:
+            return grad_w.sum(0)                                            # (N, R)
+        grad_y, slots, R, first = edges, edge_slots, 1, False
+        order, weights = torch.arange(len(slots), dtype=torch.int32, device=slots.device), weights.new_ones(len(slots))
 
 
-gather_op.register_fake(lambda values, indices, weights: values.new_empty(len(indices), values.shape[1]))
-gather_backward_op.register_fake(lambda grad_y, values, indices, weights: (torch.empty_like(values), torch.empty_like(weights)))
-gather_op.register_autograd(
-    lambda ctx, grad_y: (lambda v, w: (v, None, w))(*gather_backward_op(grad_y.contiguous(), *ctx.saved_tensors)),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+# custom_op makes each operation one opaque node for torch.compile (no graph break); the fake says only what shape comes out.
+@torch.library.custom_op("nanomemory::gather", mutates_args=())
+def gather_op(values: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, grad_sum: torch.Tensor | None) -> torch.Tensor:
+    if uses_triton(values.device) and values.dtype != torch.float64:
+        return gather_triton(values, indices, weights)
+    return bag(values, indices, weights).to(values.dtype)
+
+
+@torch.library.custom_op("nanomemory::gather_backward", mutates_args=("grad_sum",))
+def gather_backward_op(grad_y: torch.Tensor, values: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor,
+                       grad_sum: torch.Tensor | None, wants_values: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> the gradient of the values (S, D), empty where not wanted or added to grad_sum; that of the weights (N, R)."""
+    into = grad_sum
+    if uses_triton(values.device) and values.dtype != torch.float64:
+        into = torch.zeros_like(values, dtype=torch.float32) if into is None else into
+        grad_w = gather_backward_triton(grad_y, values, indices, weights, into)
+        return into.to(values.dtype) if wants_values and grad_sum is None else values.new_empty(0), grad_w
+    grad_v, grad_w = gather_backward_torch(grad_y, values, indices, weights, wants_values or into is not None)
+    if into is not None:
+        into += grad_v
+    return grad_v.to(values.dtype) if wants_values and into is None else values.new_empty(0), grad_w
+
+
+def gather_autograd(ctx, grad_y):
+    values, indices, weights = ctx.saved_tensors
+    wants_values = ctx.needs_input_grad[0]
+    grad_v, grad_w = gather_backward_op(grad_y.contiguous(), values, indices, weights, ctx.grad_sum, wants_values)
+    return grad_v if wants_values and ctx.grad_sum is None else None, None, grad_w, None
+
+
+def gather_save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3])
+    ctx.grad_sum = inputs[3]  # not among the saved: it is to be written
+
+
+gather_op.register_fake(lambda values, indices, weights, grad_sum: values.new_empty(len(indices), values.shape[1]))
+gather_backward_op.register_fake(lambda grad_y, values, indices, weights, grad_sum, wants_values: (
+    torch.empty_like(values) if wants_values and grad_sum is None else values.new_empty(0), torch.empty_like(weights)))
+gather_op.register_autograd(gather_autograd, setup_context=gather_save)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # product-key selection
 
-def candidates(K):
+@functools.cache
+def candidates(K, device="cpu"):
     """The pairs (i, j) that can be among the K largest sums of two sorted lists: (i+1)(j+1) <= K. All (i+1)(j+1) pairs above and left
     of (i, j), itself included, score at least as much. K = 32 leaves 119 of 1,024. Returns (2, M) int64."""
-    return torch.tensor([(i, j) for i in range(K) for j in range(K) if (i + 1) * (j + 1) <= K]).T
+    return torch.tensor([(i, j) for i in range(K) for j in range(K) if (i + 1) * (j + 1) <= K], device=device).T.contiguous()
 
 
-def topk_indices(scores, K):
-    """Indices of the K largest along the last dim, largest first. scores (..., n) float -> (..., K) int64, without gradient.
-
-    On CPUs torch.topk sorts row by row with branches; numpy's sort is vectorised. A float32 written as float64 leaves 29 low bits
-    free, so each score carries its index there through the sort: exact, ties to the higher index for scores above zero.
-    """
-    if scores.device.type != "cpu" or scores.dtype != torch.float32:
-        return scores.detach().topk(K, dim=-1).indices
-    return torch.ops.nanomemory.topk_cpu(scores.detach(), K)
+def topk_sums_reference(scores, K):
+    """The definition, with torch.topk: the K best of each half, the sums of their candidate pairs, the K best of those."""
+    n, (first, second) = scores.shape[-1], candidates(K, scores.device)     # (M,), (M,)
+    best, halves = scores.topk(K, dim=-1)                                   # (2, ..., K) both
+    best = best.to(torch.promote_types(scores.dtype, torch.float32))        # (2, ..., K)
+    best, pick = (best[0][..., first] + best[1][..., second]).topk(K, dim=-1)  # (..., K) both, of the M sums
+    return best, halves[0].gather(-1, first[pick]) * n + halves[1].gather(-1, second[pick])  # (..., K) both
 
 
-@torch.library.custom_op("nanomemory::topk_cpu", mutates_args=())
-def topk_cpu_op(scores: torch.Tensor, K: int) -> torch.Tensor:
-    packed = scores.double().clamp_(-2.0**128, 2.0**128).view(torch.int64)               # (..., n): infinities have no bits free
-    packed |= torch.arange(scores.shape[-1])
-    packed.view(torch.float64).numpy().sort()
-    return packed[..., -K:].flip(-1) & (2**29 - 1)                                       # (..., K), largest first
+def sort_largest(packed, K):
+    """Sort rows of 64-bit words, in place, by the float32 in the high half; an index in the low half goes along. packed (rows, n) int64 ->
+    its last K columns, largest first. A float32 with 32 more bits is in the same order as a float64: numpy sorts those in vectors, where
+    torch.topk branches at each number (8 times slower at n = 128)."""
+    words = packed.view(torch.float64).numpy()                              # (rows, n)
+    if words.shape[1] > 256:
+        words.partition(words.shape[1] - K)                                 # the K largest last, in any order
+        words = words[:, -K:]
+    words.sort()
+    return packed[:, -K:].flip(-1)                                          # (rows, K)
 
 
-topk_cpu_op.register_fake(lambda scores, K: scores.new_empty((*scores.shape[:-1], K), dtype=torch.int64))
+def topk_sums_cpu(scores, K):
+    """Both selections as sorts of packed words. scores (2, ..., n) float32 -> (..., K) float32, (..., K) int64."""
+    n, (first, second) = scores.shape[-1], candidates(K)                    # (M,), (M,)
+    packed = scores.contiguous().view(torch.int32).view(-1, n).long()       # (2 * rows, n)
+    packed.bitwise_left_shift_(32).bitwise_or_(torch.arange(n))
+    top = sort_largest(packed, K).view(torch.int32).view(2, -1, K, 2).permute(0, 3, 2, 1).contiguous()  # (side, index or score, K, rows)
+    (i, a), (j, b) = top                                                    # (K, rows) each: candidates are rows, copied whole
+    slots = (i * n).index_select(0, first).add_(j.index_select(0, second))  # (M, rows)
+    a, b = a.view(torch.float32), b.view(torch.float32)                     # (K, rows) both
+    sums = a.index_select(0, first).add_(b.index_select(0, second))         # (M, rows)
+    packed = sums.view(torch.int32).T.flatten().view(-1, len(first)).long()  # (rows, M)
+    top = sort_largest(packed.bitwise_left_shift_(32).bitwise_or_(slots.T.contiguous()), K)  # (rows, K)
+    shape = (*scores.shape[1:-1], K)
+    return top.view(torch.float32)[:, 1::2].clone().view(shape), (top & (2**31 - 1)).view(shape)
 
 
-def topk_sums(scores, K, pairs=None):
+if triton is not None:
+    @triton.jit
+    def pack(score, index, mask):
+        """A 64-bit integer that sorts as score does and carries index; below all others where mask is false."""
+        bits = score.to(tl.float32).to(tl.int32, bitcast=True)
+        bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)                  # negative floats count backwards
+        return tl.where(mask, (bits.to(tl.int64) << 32) | index.to(tl.int64), -9223372036854775808)
+
+    @triton.jit
+    def unpack(word):
+        bits = (word >> 32).to(tl.int32)
+        return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True), (word & 0x7FFFFFFF).to(tl.int32)
+
+    @triton.jit
+    def topk_sums_kernel(scores, pairs, best, slots, rows, n, K, M, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr):
+        """One program: one query, all in registers. Reads its 2n scores, writes K sums and slots; the K*K grid and the sorted halves
+        never reach memory. scores (2, rows, n), pairs (2, M), best, slots (rows, K)."""
+        row = tl.program_id(0).to(tl.int64)
+        i, m, k = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
+        a, ai = unpack(tl.topk(pack(tl.load(scores + row * n + i, mask=i < n, other=0.0), i, i < n), BLOCK_K))            # (BLOCK_K,)
+        b, bi = unpack(tl.topk(pack(tl.load(scores + (rows + row) * n + i, mask=i < n, other=0.0), i, i < n), BLOCK_K))   # (BLOCK_K,)
+        first, second = tl.load(pairs + m, mask=m < M, other=0).to(tl.int32), tl.load(pairs + M + m, mask=m < M, other=0).to(tl.int32)
+        total = tl.gather(a, first, 0) + tl.gather(b, second, 0)            # (BLOCK_M,)
+        slot = tl.gather(ai, first, 0) * n + tl.gather(bi, second, 0)       # (BLOCK_M,)
+        total, slot = unpack(tl.topk(pack(total, slot, m < M), BLOCK_K))    # (BLOCK_K,) both
+        tl.store(best + row * K + k, total, mask=k < K)
+        tl.store(slots + row * K + k, slot.to(tl.int64), mask=k < K)
+
+    @triton.jit
+    def topk_sums_backward_kernel(grad, slots, grad_scores, rows, n, K, BLOCK_N: tl.constexpr):
+        """One program: the gradient of one half's n scores for one query, K sums' shares in order. A scatter would need atomics."""
+        row, side, i = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK_N)
+        total = tl.zeros((BLOCK_N,), tl.float32)                            # (BLOCK_N,)
+        for k in range(K):
+            slot = tl.load(slots + row * K + k).to(tl.int32)
+            half = tl.where(side == 0, slot // n, slot % n)
+            total += tl.where(i == half, tl.load(grad + row * K + k), 0.0)
+        tl.store(grad_scores + (side * rows + row) * n + i, total.to(grad_scores.dtype.element_ty), mask=i < n)
+
+
+@torch.library.custom_op("nanomemory::topk_sums", mutates_args=())
+def topk_sums_op(scores: torch.Tensor, K: int) -> tuple[torch.Tensor, torch.Tensor]:
+    if uses_triton(scores.device) and scores.dtype != torch.float64:
+        n, rows, pairs = scores.shape[-1], scores[0].numel() // scores.shape[-1], candidates(K, scores.device)
+        best = scores.new_empty(*scores.shape[1:-1], K, dtype=torch.float32)                             # (..., K)
+        slots = torch.empty_like(best, dtype=torch.int64)                                                # (..., K)
+        if rows:
+            topk_sums_kernel[(rows,)](scores.contiguous(), pairs, best, slots, rows, n, K, pairs.shape[1],
+                                      *(triton.next_power_of_2(x) for x in (n, K, pairs.shape[1])), num_warps=min(max(n // 512, 1), 8))
+        return best, slots
+    if scores.device.type == "cpu" and scores.dtype == torch.float32:
+        return topk_sums_cpu(scores, K)
+    return topk_sums_reference(scores, K)
+
+
+@torch.library.custom_op("nanomemory::topk_sums_backward", mutates_args=())
+def topk_sums_backward_op(grad: torch.Tensor, slots: torch.Tensor, n: int, dtype: torch.dtype) -> torch.Tensor:
+    K, rows = slots.shape[-1], slots.numel() // slots.shape[-1]
+    if uses_triton(grad.device) and grad.dtype != torch.float64:
+        grad_scores = grad.new_empty(2, *slots.shape[:-1], n, dtype=dtype)                               # (2, ..., n)
+        if rows:
+            topk_sums_backward_kernel[(rows, 2)](grad.contiguous(), slots, grad_scores, rows, n, K, triton.next_power_of_2(n), num_warps=1)
+        return grad_scores
+    halves = torch.stack((slots // n, slots % n))                                                        # (2, ..., K)
+    return grad.new_zeros(2, *slots.shape[:-1], n).scatter_add_(-1, halves, grad.expand_as(halves)).to(dtype)  # (2, ..., n)
+
+
+def topk_sums_save(ctx, inputs, output):
+    ctx.save_for_backward(output[1])
+    ctx.n, ctx.dtype = inputs[0].shape[-1], inputs[0].dtype
+    ctx.mark_non_differentiable(output[1])
+
+
+topk_sums_op.register_fake(lambda scores, K: (
+    scores.new_empty(*scores.shape[1:-1], K, dtype=torch.promote_types(scores.dtype, torch.float32)),
+    scores.new_empty(*scores.shape[1:-1], K, dtype=torch.int64)))
+topk_sums_backward_op.register_fake(lambda grad, slots, n, dtype: grad.new_empty(2, *slots.shape[:-1], n, dtype=dtype))
+topk_sums_op.register_autograd(lambda ctx, grad, _: (topk_sums_backward_op(grad, *ctx.saved_tensors, ctx.n, ctx.dtype), None),
+                               setup_context=topk_sums_save)
+
+
+def topk_sums(scores, K):
     """The K largest of the n*n sums scores[0, ..., i] + scores[1, ..., j], without building them (product keys, arXiv 1907.05242).
 
-    scores (2, ..., n) float -> best (..., K) the sums, largest first, differentiable in the scores; slots (..., K) int64 = i*n + j.
-    Exact: ties in any order. pairs: candidates(K) on the scores' device, if at hand. Raises ValueError if K > n.
+    scores (2, ..., n) float -> best (..., K) the sums, largest first, in at least float32, differentiable in the scores; slots (..., K)
+    int64 = i*n + j. Exact: ties in any order. Raises ValueError if K > n.
     """
-    n = scores.shape[-1]
-    if not 1 <= K <= n:
-        raise ValueError(f"K = {K} is not between 1 and the {n} half-keys")
-    with torch.no_grad():
-        halves = topk_indices(scores, K)                                    # (2, ..., K)
-        best = scores.gather(-1, halves)                                    # (2, ..., K), largest first
-        pairs = candidates(K).to(scores.device) if pairs is None else pairs  # (2, M)
-        pick = topk_indices(best[0].index_select(-1, pairs[0]) + best[1].index_select(-1, pairs[1]), K)  # (..., K) of the M sums
-        halves = halves.gather(-1, pairs[:, pick])                          # (2, ..., K)
-    return scores.gather(-1, halves).sum(0), halves[0] * n + halves[1]
+    if not 1 <= K <= scores.shape[-1]:
+        raise ValueError(f"K = {K} is not between 1 and the {scores.shape[-1]} half-keys")
+    return torch.ops.nanomemory.topk_sums(scores, K)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# the table's optimizer step
+
+def round_randomly(x, noise):
+    """float32 -> bfloat16, up or down with the probabilities that keep the mean: add 16 random bits to those that will be cut off.
+    To the nearest, an update below 1/512 of a number would be lost every time. x float32, noise int32 in [0, 2^16)."""
+    return (x.view(torch.int32) + noise).bitwise_right_shift_(16).to(torch.int16).view(torch.bfloat16)
+
+
+def adamw_(values, grad_sum, m, v, step, lr, beta1, beta2, scale=1.0, eps=1e-8):
+    """One step of AdamW without decay (arXiv 1711.05101) on a bfloat16 table, in place; grad_sum is zeroed on the way.
+
+    values, m, v (S, D) bfloat16, rounded randomly, seeded by step (1, 2, ...); grad_sum (S, D) float32, multiplied by scale, a number
+    or a scalar tensor. Bytes a value: 2 + 2 + 2 + 4 held; 10 read, 10 written. AdamW in float32: 16 held, 16 read, 12 written, and
+    the gradient made, 4 more.
+    """
+    scale = torch.as_tensor(scale, dtype=torch.float32, device=values.device)
+    if uses_triton(values.device):
+        as_bits, L = [x.view(torch.int16) for x in (values, m, v)], values.numel()
+        adamw_kernel[(triton.cdiv(L, 1024),)](*as_bits, grad_sum, scale, L, lr, beta1, beta2, eps, 1 - beta1**step, 1 - beta2**step, step, 1024)
+        return
+    noise = torch.Generator(values.device).manual_seed(step)
+    for p, g, m, v in zip(*(x.view(-1).split(2**20) for x in (values, grad_sum, m, v))):
+        g32, bits = g * scale, torch.randint(2**48, g.shape, device=g.device, generator=noise)
+        m32, v32 = m.float().lerp_(g32, 1 - beta1), v.float().lerp_(g32.square(), 1 - beta2)
+        p32 = p.float().addcdiv_(m32, (v32 / (1 - beta2**step)).sqrt_().add_(eps), value=-lr / (1 - beta1**step))
+        for i, (x, x32) in enumerate(((p, p32), (m, m32), (v, v32))):
+            x.copy_(round_randomly(x32, (bits >> 16 * i).bitwise_and_(2**16 - 1).int()))
+        g.zero_()
+
+
+if triton is not None:
+    @triton.jit
+    def wide(bits):
+        return (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+
+    @triton.jit
+    def narrow(x, noise):
+        return ((x.to(tl.int32, bitcast=True) + (noise & 0xFFFF).to(tl.int32)) >> 16).to(tl.int16)
+
+    @triton.jit
+    def adamw_kernel(values, m, v, grad_sum, scale, L, lr, beta1, beta2, eps, correct1, correct2, seed, BLOCK: tl.constexpr):
+        """One program: BLOCK of the L = S*D numbers. values, m, v (L,) bfloat16 as int16, grad_sum (L,) float32, scale ()."""
+        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)     # (BLOCK,)
+        g = tl.load(grad_sum + i, mask=i < L, other=0.0) * tl.load(scale)   # (BLOCK,)
+        m32 = wide(tl.load(m + i, mask=i < L, other=0))
+        v32 = wide(tl.load(v + i, mask=i < L, other=0))
+        m32 += (1 - beta1) * (g - m32)
+        v32 += (1 - beta2) * (g * g - v32)
+        p32 = wide(tl.load(values + i, mask=i < L, other=0)) - lr * (m32 / correct1) / (tl.sqrt(v32 / correct2) + eps)
+        r0, r1, r2, _ = tl.randint4x(seed, i)
+        tl.store(values + i, narrow(p32, r0), mask=i < L)
+        tl.store(m + i, narrow(m32, r1), mask=i < L)
+        tl.store(v + i, narrow(v32, r2), mask=i < L)
+        tl.store(grad_sum + i, tl.zeros((BLOCK,), tl.float32), mask=i < L)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -279,7 +481,7 @@ def check(device, dtype):
     """Compare gather and topk_sums with their definitions on odd shapes; raise AssertionError with the case when they differ."""
     generator = torch.Generator().manual_seed(0)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2  # of the largest number: bfloat16 keeps 8 bits
-    for N, R, S, D in ((0, 4, 9, 8), (5, 1, 1, 1), (33, 3, 50, 7), (64, 32, 1000, 100), (17, 128, 300, 768)):
+    for N, R, S, D in ((0, 4, 9, 8), (5, 1, 1, 1), (33, 3, 50, 7), (64, 32, 1000, 100), (17, 128, 300, 768), (300, 8, 3, 64)):
         values = torch.randn(S, D, generator=generator).to(device, dtype).requires_grad_()       # (S, D)
         weights = torch.rand(N, R, generator=generator).to(device).requires_grad_()             # (N, R)
         indices = torch.randint(S, (N, R), generator=generator).to(device)                      # (N, R)
@@ -291,8 +493,8 @@ def check(device, dtype):
             error = ((a - b).abs().max() / b.abs().max().clamp(min=1e-9)).item() if b.numel() else 0.0
             assert error <= tolerance, f"gather, {name}: off by {error:.1e} at N {N}, R {R}, S {S}, D {D}, {dtype}"
     for n, K in ((1, 1), (7, 7), (64, 16), (128, 32)):
-        scores = torch.randn(2, 20, 4, n, generator=generator).to(device)                       # (2, 20, 4, n)
-        every = (scores[0][..., :, None] + scores[1][..., None, :]).flatten(-2)                 # (20, 4, n*n)
+        scores = torch.randn(2, 20, 4, n, generator=generator).to(device, dtype)                # (2, 20, 4, n)
+        every = (scores[0].float()[..., :, None] + scores[1].float()[..., None, :]).flatten(-2)  # (20, 4, n*n)
         best, slots = topk_sums(scores, K)                                                      # (20, 4, K) both
         assert torch.equal(best, every.topk(K).values) and torch.equal(best, every.gather(-1, slots)), f"topk_sums at n {n}, K {K}"
 
@@ -313,77 +515,100 @@ def milliseconds(call, inputs, device, seconds=0.5):
     return middle, low, high
 
 
-def measure(S, D, N, R, device, dtype, copy_rate=None):
-    """One block of the table, a row per way to gather: forward ms, and forward + backward. Returns [(name, ms, GB/s)]."""
-    values = torch.randn(S, D, device=device, dtype=dtype, requires_grad=True)                  # (S, D)
-    grad = torch.randn(N, D, device=device, dtype=dtype)                                        # (N, D)
-    inputs = [(torch.randint(S, (N, R), device=device), torch.rand(N, R, device=device, requires_grad=True)) for _ in range(4)]
-    ways = {"gather (ours)": gather, "F.embedding_bag": lambda v, i, w: F.embedding_bag(i, v, mode="sum", per_sample_weights=w.to(v.dtype)),
+def row(name, call, inputs, device, moved, copy_rate):
+    """Time one way to do it and print a line of the table. moved: the bytes it has to move at least. Returns its GB/s."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    middle, low, high = milliseconds(call, inputs, device)
+    rate = moved / middle / 1e6
+    peak = f"{torch.cuda.max_memory_allocated() / 2**20:9.0f}" if device == "cuda" else "        -"
+    print(f"  {name:38s}{middle:9.2f} [{low:7.2f}, {high:7.2f}]{rate:8.1f}{100 * rate / copy_rate:6.0f}%{peak}", flush=True)
+    return rate
+
+
+def measure(S, D, N, R, device, dtype, copy_rate, hot=False):
+    """The gather, forward and with its backward, every way there is. hot: a tenth of all reads hit one slot. Returns {way: forward GB/s}."""
+    print(f"gather, S = {S}, D = {D}, {N} tokens x {R} reads, {str(dtype)[6:]}{', a tenth of them of one slot' if hot else ''}")
+    values = torch.randn(S, D, device=device, dtype=dtype)                                      # (S, D)
+    grad, inputs = torch.randn(N, D, device=device, dtype=dtype), []                            # (N, D)
+    for _ in range(4):
+        indices = torch.randint(S, (N, R), device=device)                                       # (N, R)
+        inputs.append((torch.where(torch.rand(N, R, device=device) < 0.1, 0, indices) if hot else indices,
+                       torch.rand(N, R, device=device, requires_grad=True)))                    # (N, R) both
+    ways = {"ours": gather, "F.embedding_bag": lambda v, i, w: F.embedding_bag(i, v, mode="sum", per_sample_weights=w.to(v.dtype)),
             "indexing + einsum": gather_reference}
     if device == "cuda":
-        ways["the same, compiled"] = torch.compile(gather_reference)
-    moved, rows = (N * R + N) * D * values.element_size() + N * R * 12, []
+        ways["indexing + einsum, compiled"] = torch.compile(gather_reference)
+    number, lookups, rates = values.element_size(), N * R, {}
+    forward = (lookups + N) * D * number + lookups * 12              # rows, the result, an index and a weight for each
+    touched = len(inputs[0][0].unique()) * D                         # numbers of the table that are read at least once
+    backward = touched * (number + 4) + N * D * number + lookups * (12 + 8 + 4)  # those, their gradient, grad_y, what sorting leaves, grad_w
     for name, way in ways.items():
         def both(i, w):
-            values.grad = w.grad = None
-            way(values, i, w).backward(grad)
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+            table.grad = w.grad = None
+            way(table, i, w).backward(grad)
         with torch.no_grad():
-            forward = milliseconds(lambda i, w: way(values, i, w), inputs, device)
-        train = milliseconds(both, inputs, device)
-        rate = moved / forward[0] / 1e6
-        share = f"{100 * rate / copy_rate:5.0f}%" if copy_rate else ""
-        peak = f"{torch.cuda.max_memory_allocated() / 2**20:8.0f}" if device == "cuda" else "       -"
-        print(f"{name:22s}{forward[0]:9.2f} [{forward[1]:7.2f}, {forward[2]:7.2f}]{rate:9.1f} {share:>6s}{train[0]:10.2f}{peak}", flush=True)
-        rows.append((name, forward[0], rate))
-    return rows
+            rates[name] = row(f"{name}, forward", lambda i, w: way(values, i, w), inputs, device, forward, copy_rate)
+        table = values.detach().requires_grad_()
+        row(f"{name}, forward + backward", both, inputs, device, forward + backward, copy_rate)
+    return rates
 
 
 def main():
     p = argparse.ArgumentParser(description="check the kernels against their definitions, then time them")
-    p.add_argument("--plot", action="store_true", help="draw bandwidth over the value dim to assets/kernel.png")
+    p.add_argument("--plot", action="store_true", help="draw bandwidth over the value dim and the slots to assets/kernel.png")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = p.parse_args()
-    gpu = args.device == "cuda"
+    device, gpu = args.device, args.device == "cuda"
     if gpu and not torch.cuda.is_available():
         sys.exit("kernel.py: --device cuda: no CUDA GPU here, use --device cpu")
     dtypes = (torch.float32, torch.bfloat16) if gpu or not uses_triton("cpu") else (torch.float32,)
     for dtype in dtypes:
-        check(args.device, dtype)
-    print(f"{describe_backend(args.device)}\nall results agree with their definitions ({', '.join(str(d)[6:] for d in dtypes)})")
+        check(device, dtype)
+    print(f"{describe_backend(device)}\nall results agree with their definitions ({', '.join(str(d)[6:] for d in dtypes)})")
     name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
-    big = [torch.randn(2**28 if gpu else 2**25, device=args.device) for _ in range(2)]          # 1 GiB, or 128 MiB: larger than any cache
-    copy_rate = 2 * big[0].nbytes / milliseconds(lambda a, b: a.copy_(b), [big], args.device)[0] / 1e6
+    big = [torch.randn(2**28 if gpu else 2**25, device=device) for _ in range(2)]               # 1 GiB, or 128 MiB: larger than any cache
+    copy_rate = 2 * big[0].nbytes / milliseconds(lambda a, b: a.copy_(b), [big], device)[0] / 1e6
     del big
-    print(f"{name}, torch {torch.__version__}: a copy moves {copy_rate:.0f} GB/s")
-    S, N, R, dims = (2**20, 16384, 128, (256, 768, 1024)) if gpu else (2**16, 1024, 128, (64, 128, 256))
+    print(f"{name}, torch {torch.__version__}: a copy moves {copy_rate:.0f} GB/s\n\n{'':40s}{'ms':>9s} [quartiles]{'GB/s':>15s} {'copy':>6s}{'peak MiB':>9s}")
+    N, R, dims, slots = (16384, 128, (256, 768, 1024), (2**16, 2**20, 2**22)) if gpu else (1024, 128, (64, 128, 512), (2**14, 2**16, 2**18))
     curves = {}
-    for dtype in (torch.float32, torch.bfloat16) if gpu else (torch.float32,):
-        for D in dims:
-            print(f"\nS = {S}, D = {D}, {N} tokens x {R} reads, {str(dtype)[6:]}\n{'':22s}{'forward ms':>9s} [quartiles]{'GB/s':>13s} {'copy':>6s}"
-                  f"{'fwd+bwd ms':>12s}{'peak MiB':>9s}")
-            for way, _, rate in measure(S, D, N, R, args.device, dtype, copy_rate):
-                curves.setdefault(f"{way}, {str(dtype)[6:]}", []).append(rate)
-    scores = [(torch.randn(2, 4, N, 1024 if gpu else 128, device=args.device),) for _ in range(4)]  # (2, H, N, n)
-    ours = milliseconds(lambda s: topk_sums(s, 32), scores, args.device)
+    for dtype in dtypes if gpu else (torch.float32,):
+        for S, D, hot in [(slots[1], D, False) for D in dims] + [(S, dims[-1], False) for S in slots] + [(slots[1], dims[-1], True)]:
+            for way, rate in measure(S, D, N, R, device, dtype, copy_rate, hot).items():
+                if not hot:
+                    curves.setdefault(f"{way}, {str(dtype)[6:]}", {})[S, D] = rate
+    for n in (128, 1024):
+        scores = [(torch.randn(2, 4, N, n, device=device),) for _ in range(4)]                  # (2, H, N, n)
+        moved = scores[0][0].nbytes + 4 * N * 32 * 12
+        print(f"product-key top 32 of {n} x {n}, {4 * N} queries, float32")
+        row("ours", lambda s: topk_sums(s, 32), scores, device, moved, copy_rate)
 
-    def chain(s):
-        (a, i), (b, j) = s[0].topk(32), s[1].topk(32)                                           # (H, N, K) each
-        return (a[..., :, None] + b[..., None, :]).flatten(-2).topk(32)                         # (H, N, K)
-    plain = milliseconds(chain, scores, args.device)
-    print(f"\nproduct-key top 32 of {scores[0][0].shape[-1]} x {scores[0][0].shape[-1]}, {4 * N} queries: {ours[0]:.2f} ms, with torch.topk "
-          f"{plain[0]:.2f} ms")
+        def chain(s):
+            (a, i), (b, j) = s[0].topk(32), s[1].topk(32)                                       # (H, N, K) each
+            return (a[..., :, None] + b[..., None, :]).flatten(-2).topk(32)                     # (H, N, K) both
+        row("torch.topk of halves, of all K * K", chain, scores, device, moved, copy_rate)
+    S, D = slots[1], dims[1]
+    table = [torch.randn(S, D, device=device) for _ in range(4)]                                # (S, D) each: values, gradient, m, v
+    print(f"AdamW on a table of {S} x {D}")
+    optimizer = torch.optim.AdamW([table[0]], fused=True)
+    table[0].grad = table[1]
+    row("torch.optim, float32, fused", optimizer.step, [()], device, 28 * S * D, copy_rate)
+    p, m, v = (x.bfloat16() for x in (table[0], table[2], table[3].abs()))
+    row("ours, bfloat16, rounded randomly", lambda: adamw_(p, table[1], m, v, 10, 1e-3, 0.9, 0.99), [()], device, 20 * S * D, copy_rate)
     if args.plot:
         import matplotlib
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
-        fig, ax = plt.subplots(figsize=(7, 4), constrained_layout=True)
+        fig, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, constrained_layout=True)
         for way, rates in curves.items():
-            ax.plot(dims, rates, "o-", label=way)
-        ax.axhline(copy_rate, color="gray", ls="--", label="measured copy")
-        ax.set(xlabel="value dim D", ylabel="GB/s, forward", title=f"{name}: S = {S}, {N} tokens x {R} reads", ylim=0)
-        ax.legend()
+            axes[0].plot(dims, [rates[slots[1], D] for D in dims], "o-", label=way)
+            axes[1].plot(slots, [rates[S, dims[-1]] for S in slots], "o-", label=way)
+        for ax, xlabel, base in ((axes[0], f"value dim D, {slots[1]} slots", 2), (axes[1], f"slots S, value dim {dims[-1]}", 2)):
+            ax.axhline(copy_rate, color="gray", ls="--", label="measured copy: the limit of memory")
+            ax.set_xscale("log", base=base)
+            ax.set(xlabel=xlabel, ylabel="GB/s, forward", title=f"{name}: {N} tokens x {R} reads", ylim=0)
+        axes[0].legend(fontsize=8)
         os.makedirs("assets", exist_ok=True)
         fig.savefig("assets/kernel.png", dpi=80)
         print("drawn: assets/kernel.png")

@@ -13,20 +13,21 @@ n half-keys per side · S = n*n slots · D value dim · d = key dim / 2, the siz
 import math
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernel import candidates, gather, topk_sums
+from kernel import adamw_, gather, topk_sums
 
 
-def product_key_topk(queries, half_keys, K, pairs=None):
+def product_key_topk(queries, half_keys, K):
     """The K slots whose product keys score highest. Slot i*n + j has the key (half_keys[0, h, i], half_keys[1, h, j]).
 
     queries (N, H, 2, d), half_keys (2, H, n, d), one dtype -> scores (N, H, K), largest first, slots (N, H, K) int64 in [0, n*n).
-    Exact (product keys, arXiv 1907.05242). pairs: kernel.candidates(K), if at hand. Raises ValueError if K > n.
+    Exact (product keys, arXiv 1907.05242). Raises ValueError if K > n.
     """
     scores = queries.permute(2, 1, 0, 3) @ half_keys.transpose(-1, -2)      # (2, H, N, n)
-    best, slots = topk_sums(scores, K, pairs)                               # (H, N, K) both
+    best, slots = topk_sums(scores, K)                                      # (H, N, K) both
     return best.transpose(0, 1), slots.transpose(0, 1)                      # (N, H, K) both
 
 
@@ -38,11 +39,16 @@ def brute_force_topk(queries, half_keys, K):
 
 
 class MemoryTable(nn.Module):
-    """The values: S = n_keys**2 slots of dim D. Made once by GPT and handed to every memory layer that reads it."""
+    """The values: S = n_keys**2 slots of dim D. Made once by GPT and handed to every memory layer that reads it.
 
-    def __init__(self, n_keys, value_dim):
+    In float32 the values are a parameter like any other: with its gradient and AdamW's two moments 16 bytes a value, and autograd makes a
+    gradient of the table's size for each layer that reads it. In bfloat16 they take 10 (TableAdamW), and gradients only touch rows read.
+    """
+
+    def __init__(self, n_keys, value_dim, dtype=torch.float32):
         super().__init__()
-        self.values = nn.Parameter(torch.empty(n_keys**2, value_dim))       # (S, D)
+        self.values = nn.Parameter(torch.empty(n_keys**2, value_dim, dtype=dtype), requires_grad=dtype == torch.float32)  # (S, D)
+        self.grad_sum = None  # (S, D) float32 where TableAdamW trains it: the gather adds the gradient there
         self.register_buffer("read_weight", torch.zeros(n_keys**2, dtype=torch.int64), persistent=False)  # (S,)
         self.counting = False
 
@@ -51,7 +57,7 @@ class MemoryTable(nn.Module):
         if self.counting:  # in 2^-24ths: whole numbers add up to the same sum in any order, so any device gives the same statistics
             share = (weights.detach().float() * 2**24).ceil().long()        # (N, R)
             self.read_weight.index_add_(0, slots.reshape(-1), share.reshape(-1))
-        return gather(self.values, slots, weights)                          # (N, D)
+        return gather(self.values, slots, weights, self.grad_sum)           # (N, D)
 
     def count(self, on):
         """Start counting reads from zero, or stop."""
@@ -65,6 +71,34 @@ class MemoryTable(nn.Module):
         p = self.read_weight.cpu().double()                                 # (S,)
         used, p = (p > 0).double().mean().item(), p / p.sum().clamp(min=1)
         return used, (p * (p * len(p)).clamp(min=1e-300).log()).sum().item()
+
+
+class TableAdamW(torch.optim.Optimizer):
+    """AdamW for bfloat16 tables (kernel.adamw_): values and both moments in bfloat16, rounded randomly, and the gradient summed in float32
+    over layers and micro-steps: 10 bytes a value. It steps all rows, read or not: a batch reads most of them anyway."""
+
+    def __init__(self, tables, lr, betas, clip=math.inf):
+        super().__init__([table.values for table in tables], dict(lr=lr, peak=lr, betas=betas, clip=clip))
+        self.tables = tables
+        for table in tables:
+            table.grad_sum = torch.zeros_like(table.values, dtype=torch.float32)                  # (S, D)
+            self.state[table.values] = dict(step=0, m=torch.zeros_like(table.values), v=torch.zeros_like(table.values))
+
+    @torch.no_grad()
+    def step(self):
+        """Average the gradients over ranks, clip their norm, step, leave them zero. Returns the norm before clipping, a scalar tensor."""
+        group, ranks, sums = self.param_groups[0], 1, [table.grad_sum for table in self.tables]
+        if dist.is_initialized():  # DDP does not see them
+            ranks = dist.get_world_size()
+            for total in sums:
+                dist.all_reduce(total)                                      # (S, D)
+        norm = torch.nn.utils.get_total_norm(sums) / ranks                  # ()
+        scale = (group["clip"] / (norm + 1e-6)).clamp(max=1.0) / ranks      # (): applied on the way, not in a pass of its own
+        for table in self.tables:
+            state = self.state[table.values]
+            state["step"] += 1
+            adamw_(table.values, table.grad_sum, state["m"], state["v"], state["step"], group["lr"], *group["betas"], scale)
+        return norm
 
 
 class ProductKeyMemory(nn.Module):
@@ -84,7 +118,6 @@ class ProductKeyMemory(nn.Module):
         self.half_keys = nn.Parameter(torch.empty(2, self.heads, self.n_keys, self.half_dim))     # (2, H, n, d)
         self.gate = nn.Linear(C, D, bias=False) if config.mem_gate else None                      # W1 (D, C)
         self.out = nn.Linear(D, C, bias=False) if config.mem_gate or D != C else None             # W2 (C, D)
-        self.register_buffer("pairs", candidates(self.topk), persistent=False)                    # (2, M), made once, kept on the device
         self.tables = [table]  # in a list, so that the table is a submodule of the GPT alone
 
     def search(self, x):
@@ -94,7 +127,7 @@ class ProductKeyMemory(nn.Module):
         if self.qk_norm:
             q = F.rms_norm(q, (self.half_dim,)) / math.sqrt(self.half_dim)  # (N, H, 2, d)
             keys = F.rms_norm(keys, (self.half_dim,))                       # (2, H, n, d)
-        scores, slots = product_key_topk(q, keys, self.topk, self.pairs)    # (N, H, K), (N, H, K)
+        scores, slots = product_key_topk(q, keys, self.topk)    # (N, H, K), (N, H, K)
         return slots, scores.float().softmax(dim=-1)
 
     def forward(self, x):

@@ -36,6 +36,7 @@ class GPTConfig:
     mem_value_dim: int = 0      # D; 0: n_embd
     mem_gate: bool = True       # out = W2 (y * silu(W1 x)), Memory+
     mem_share: bool = True      # one table for all memory layers
+    mem_dtype: str = "float32"  # float32 | bfloat16: the table's values; to train one takes 16 or 10 bytes a value
     qk_norm: bool = True        # RMS-norm on query halves and half-keys
 
     def check(self):
@@ -53,6 +54,7 @@ class GPTConfig:
             return self
         for name in ("mem_n_keys", "mem_heads", "mem_topk"):
             need(getattr(self, name) >= 1, f"{name} {getattr(self, name)} < 1: give a positive number")
+        need(self.mem_dtype in ("float32", "bfloat16"), f"mem_dtype {self.mem_dtype!r} is unknown: choose float32 or bfloat16")
         need(self.mem_value_dim >= 0, f"mem_value_dim {self.mem_value_dim} < 0: give a positive number, or 0 for n_embd")
         need(self.mem_layers, "mem_layers is empty: name at least one block, or use --ffn dense")
         need(len(set(self.mem_layers)) == len(self.mem_layers), f"mem_layers {self.mem_layers} names a block twice: name each once")
@@ -129,7 +131,8 @@ class GPT(nn.Module):
         C = config.n_embd
         layers = config.mem_layers if config.ffn == "memory" else ()
         n_tables = min(len(layers), 1) if config.mem_share else len(layers)
-        self.tables = nn.ModuleList(MemoryTable(config.mem_n_keys, config.mem_value_dim or C) for _ in range(n_tables))
+        self.tables = nn.ModuleList(MemoryTable(config.mem_n_keys, config.mem_value_dim or C, getattr(torch, config.mem_dtype))
+                                    for _ in range(n_tables))
         table_of = {layer: self.tables[0 if config.mem_share else i] for i, layer in enumerate(layers)}
         self.wte = nn.Embedding(config.vocab_size, C)
         self.blocks = nn.ModuleList(Block(config, table_of.get(i)) for i in range(config.n_layer))

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 import prepare_data
 from kernel import describe_backend
+from memory import TableAdamW
 from model import GPT, GPTConfig
 
 
@@ -249,16 +250,20 @@ def ask_facts(model, facts, meta, read, rank=0, world=1, count=None):
 # ---- optimizer, checkpoint
 
 def make_optimizer(model, s):
-    """AdamW in three groups that add up to the model: matrices (decayed), the rest (not), the memory's values (own rate, not)."""
-    values = [p for n, p in model.named_parameters() if n.endswith(".values")]
+    """AdamW in groups that add up to the model: matrices (decayed), the rest (not), the memory's values (own rate, not; in bfloat16 they
+    have an optimizer of their own) -> [optimizers], the float32 values, all other parameters but bfloat16 values."""
+    values, lean = [t.values for t in model.tables if t.values.requires_grad], [t for t in model.tables if not t.values.requires_grad]
     matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and not n.startswith("wte") and not n.endswith(".values")]
     rest = [p for n, p in model.named_parameters() if n.startswith("wte") or (p.dim() != 2)]
-    assert len(values) + len(matrices) + len(rest) == len(list(model.parameters()))
+    assert len(values) + len(lean) + len(matrices) + len(rest) == len(list(model.parameters()))
     groups = [dict(params=matrices, peak=s.learning_rate, weight_decay=s.weight_decay), dict(params=rest, peak=s.learning_rate),
               dict(params=values, peak=s.value_lr)]
     device = next(model.parameters()).device.type
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=s.learning_rate, betas=(s.beta1, s.beta2), weight_decay=0.0,
-                             fused=device in ("cpu", "cuda")), values, matrices + rest
+    optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], lr=s.learning_rate, betas=(s.beta1, s.beta2), weight_decay=0.0,
+                                    fused=device in ("cpu", "cuda"))]
+    if lean:
+        optimizers.append(TableAdamW(lean, s.value_lr, (s.beta1, s.beta2), s.grad_clip))
+    return optimizers, values, matrices + rest
 
 
 def schedule(step, s):
@@ -266,9 +271,9 @@ def schedule(step, s):
     return min(1, (step + 1) / max(s.warmup_steps, 1)) * (1 - step / s.max_steps)
 
 
-def save(path, model, optimizer, step, seconds, s):
+def save(path, model, optimizers, step, seconds, s):
     """Tensors and plain types alone, so that it loads with weights_only=True."""
-    state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, seconds=seconds, settings=dataclasses.asdict(s))
+    state = dict(model=model.state_dict(), optimizer=[o.state_dict() for o in optimizers], step=step, seconds=seconds, settings=dataclasses.asdict(s))
     write_whole(path, lambda part: torch.save(state, part))
 
 
@@ -449,14 +454,15 @@ def train(s, preset, resume):
     ctx = torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext()
     resume = resume and (out / "ckpt.pt").exists()  # a run that died before its first checkpoint starts again
     model, state = restore(out, meta, s, device) if resume else (GPT(s).to(device), dict(step=0, seconds=0.0))
-    optimizer, values, others = make_optimizer(model, s)
+    optimizers, values, others = make_optimizer(model, s)
     if resume:
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizer"]):
+            optimizer.load_state_dict(saved)
     step, seconds, counts, flops = state["step"], state["seconds"], model.param_counts(), model.flops_per_token()
     use_compile = cuda if s.compile is None else s.compile
     net = torch.compile(model) if use_compile else model
     if world > 1:
-        net = torch.nn.parallel.DistributedDataParallel(net, device_ids=[device] if cuda else None)
+        net = torch.nn.parallel.DistributedDataParallel(net, device_ids=[device] if cuda else None, broadcast_buffers=False)
     micro = s.micro_batch_size or s.batch_size // world
     accumulate, mine = s.batch_size // (micro * world), np.array_split(np.arange(s.batch_size), world)[rank]
     tokens_per_step, read = s.batch_size * s.block_size, s.batch_size / loader.windows  # read: share of the corpus in a step
@@ -482,7 +488,7 @@ def train(s, preset, resume):
             torch.manual_seed(hash((s.seed, step, rank)))
         for table in model.tables:
             table.count(log_now)
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = group["peak"] * schedule(step, s)
         loss = torch.zeros((), device=device)
         for m in range(accumulate):
@@ -492,10 +498,13 @@ def train(s, preset, resume):
                     part = net(x, y)[1] / accumulate
                 part.backward()
             loss += part.detach()
-        norm = torch.nn.utils.clip_grad_norm_(others, s.grad_clip)
-        value_norm = torch.nn.utils.clip_grad_norm_(values, s.grad_clip) if values else norm
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        norm = value_norm = torch.nn.utils.clip_grad_norm_(others, s.grad_clip)
+        if values:
+            value_norm = torch.nn.utils.clip_grad_norm_(values, s.grad_clip)
+        for optimizer in optimizers:
+            table_norm = optimizer.step()  # a table's own optimizer clips on the way, and says the norm
+            value_norm = value_norm if table_norm is None else table_norm
+            optimizer.zero_grad(set_to_none=True)
         step += 1
         if s.profile and step == first + 10:
             profiler = torch.profiler.profile()
@@ -523,7 +532,7 @@ def train(s, preset, resume):
             rate = tokens_per_step * steps / lap
             say(f"step {step:6d} {100 * step / s.max_steps:3.0f}% · loss {line['loss']:.4f} · lr {line['lr']:.1e} · norm {line['norm']:.2f} · "
                 f"{1e3 * lap / steps:.0f} ms · {rate:,.0f} tok/s" + (f" · MFU {100 * rate * flops / peak:.0f}%" if peak else "")
-                + (f" · memory used {100 * used:.0f}% KL {kl:.2f}" if values else "")
+                + (f" · memory used {100 * used:.0f}% KL {kl:.2f}" if model.tables else "")
                 + f" · {lap / steps * (s.max_steps - step) / 60:.1f} min left", flush=True)
         if eval_now:
             line["val_loss"] = evaluate(model, val, s.eval_windows, ctx, rank, world)
@@ -534,7 +543,7 @@ def train(s, preset, resume):
             with open(out / "log.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps(line) + "\n")
         if rank == 0 and (eval_now or halt) and not last:
-            save(out / "ckpt.pt", model, optimizer, step, seconds, s)
+            save(out / "ckpt.pt", model, optimizers, step, seconds, s)
         if halt:
             say(f"stopped at step {step} and saved: go on with --resume --out-dir {out}")
             return 130
@@ -546,7 +555,7 @@ def train(s, preset, resume):
     if rank == 0:
         write_json(out / "result.json", result)
         draw([out], out / "curves.png")
-        save(out / "ckpt.pt", model, optimizer, step, seconds, s)  # the last thing: a run that died before it finishes again on --resume
+        save(out / "ckpt.pt", model, optimizers, step, seconds, s)  # the last thing: a run that died before it finishes again on --resume
         say(report(result) + f"\nsaved in {out}: ckpt.pt, result.json, curves.png")
     if world > 1:
         dist.barrier()  # nobody leaves while rank 0 still writes

@@ -7,6 +7,7 @@ N tokens · R reads per token · S slots · D value dim · K slots selected · n
 """
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 import kernel
-from kernel import gather, gather_reference, group_by_slot, topk_indices, topk_sums
+from kernel import gather, gather_reference, group_by_slot, topk_sums
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOAT32, BFLOAT16 = 1e-5, 2**-8  # tolerance, of the largest number: 2^-8 is one rounding to bfloat16's 8 bits
@@ -82,9 +83,13 @@ def check_triton(device):
     values, indices, weights, grad_y = case = make_case(2, 3, 4, 7, device=device)
     values.nan_to_num_(1.0)
     grads = values.clone().requires_grad_(), indices, weights.clone().requires_grad_()
-    checks["opcheck gather"] = lambda: torch.library.opcheck(torch.ops.nanomemory.gather.default, grads)
+    checks["opcheck gather"] = lambda: torch.library.opcheck(torch.ops.nanomemory.gather.default, (*grads, None))
     checks["opcheck gather_backward"] = lambda: torch.library.opcheck(
-        torch.ops.nanomemory.gather_backward.default, (grad_y, values, indices, weights))
+        torch.ops.nanomemory.gather_backward.default, (grad_y, values, indices, weights, torch.zeros(4, 7, device=device), False))
+    checks |= {f"backward in rounds {case}": lambda case=case: check_rounds(*case, device) for case in ROUNDS}
+    checks |= {f"topk_sums {n} {K} {dtype}": lambda n=n, K=K, dtype=dtype: check_topk(n, K, dtype, device)
+               for n, K in ((1, 1), (7, 7), (5, 3), (40, 16)) for dtype in (torch.float32, torch.bfloat16)}
+    checks["adamw_"] = lambda: check_adamw(device)
     checks["torch.compile"] = lambda: check_compile(gather, case)
     failed = 0
     for name, check in checks.items():
@@ -93,9 +98,56 @@ def check_triton(device):
             print("ok  ", name)
         except Exception as e:
             failed += 1
-            print("FAIL", name, type(e).__name__, e)
+            print("FAIL", name, type(e).__name__, str(e)[:500])
     print(f"{len(checks)} cases, {failed} failed")
     return failed
+
+
+ROUNDS = [  # N, R, S, D, lookups a program, share of reads that hit one slot
+    (40, 8, 50, 20, 4, 0.0), (40, 8, 2, 8, 4, 0.0), (30, 4, 1000, 5, 4, 0.5), (64, 4, 9, 3, 4, 0.9), (7, 5, 4, 300, 16, 0.0), (20, 1, 1, 4, 4, 0.0)]
+
+
+def check_rounds(N, R, S, D, chunk, hot, device):
+    """Slots whose lookups many programs share: their parts are joined in rounds, added to what was there, the same bits each time."""
+    _, indices, weights, grad_y = make_case(N, R, S, D, device=device)
+    indices = torch.where(torch.rand(N, R).to(device) < hot, S // 2, indices)
+    values, before = torch.randn(S, D, device=device), torch.randn(S, D, device=device)
+    shares = (weights[..., None].double() * grad_y[:, None].double()).flatten(0, 1)                      # (N*R, D)
+    want = before.double().index_add(0, indices.flatten(), shares), torch.einsum("nd,nrd->nr", grad_y.double(), values[indices].double())
+    sums = before.clone(), before.clone()
+    got = [kernel.gather_backward_triton(grad_y, values, indices, weights, total, chunk) for total in sums]
+    close(sums[0], want[0], FLOAT32)
+    close(got[0], want[1], FLOAT32)
+    assert torch.equal(*sums) and torch.equal(*got) and torch.equal(sums[0][unread(indices.cpu(), S)], before[unread(indices.cpu(), S)])
+
+
+def check_topk(n, K, dtype, device):
+    """Random scores, and scores with ties, against all n*n sums; the gradient, twice, against that of picking those sums."""
+    torch.manual_seed(n)
+    for scores in (torch.randn(2, 3, 2, n), torch.randint(-3, 4, (2, 3, 2, n)).float()):
+        scores = scores.to(device, dtype).requires_grad_()
+        every = every_sum(scores.float())
+        best, slots = topk_sums(scores, K)
+        assert best.dtype == torch.float32 and torch.equal(best, every.topk(K).values) and torch.equal(best, every.gather(-1, slots))
+        assert all(len(set(row)) == K for row in slots.flatten(0, -2).tolist())
+        grad = torch.randn(best.shape, device=device)
+        got, again = (torch.autograd.grad(best, scores, grad, retain_graph=True)[0] for _ in range(2))
+        close(got, torch.autograd.grad(every.gather(-1, slots), scores, grad)[0], FLOAT32 if dtype == torch.float32 else 2 * BFLOAT16)
+        assert torch.equal(got, again) and got.dtype == dtype
+
+
+def check_adamw(device):
+    """A step against the formula in float32: each number within one place of bfloat16 of it, and no drift."""
+    torch.manual_seed(0)
+    p, m, v, g = torch.randn(30, 100).bfloat16(), (0.1 * torch.randn(30, 100)).bfloat16(), (0.1 * torch.rand(30, 100)).bfloat16(), torch.randn(30, 100)
+    m32, v32 = 0.9 * m.float() + 0.1 * (0.5 * g), 0.99 * v.float() + 0.01 * (0.5 * g).square()
+    p32 = p.float() - 1e-2 * (m32 / (1 - 0.9**7)) / ((v32 / (1 - 0.99**7)).sqrt() + 1e-8)
+    p, g, m, v = (x.to(device) for x in (p, g, m, v))
+    kernel.adamw_(p, g, m, v, 7, 1e-2, 0.9, 0.99, scale=0.5)
+    assert (g == 0).all()
+    for got, want in ((p, p32), (m, m32), (v, v32)):
+        off = (got.cpu().float() - want) / want.abs()
+        assert off.abs().max() <= 2**-7 and abs(off.mean()) < 5 * 2**-8 / 3000**0.5 and off.abs().max() > 2**-9, off.abs().max()
 
 
 def check_compile(f, case):
@@ -113,7 +165,7 @@ def test_triton_kernels(device):
         pytest.skip("no GPU: the kernels were interpreted only")
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1" if device == "cpu" else "0"}
     done = subprocess.run([sys.executable, __file__, device], env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.count("ok  ") >= len(CASES) + 3, done.stdout + done.stderr
+    assert done.returncode == 0 and done.stdout.count("ok  ") >= len(CASES) + len(ROUNDS) + 12, done.stdout + done.stderr
 
 
 @pytest.fixture
@@ -181,16 +233,28 @@ def test_gather_refuses_shapes_that_do_not_fit(values, indices, weights):
         gather(torch.zeros(values), torch.zeros(indices, dtype=torch.int64), torch.zeros(weights))
 
 
+def test_gather_adds_to_grad_sum(torch_path):
+    values, indices, weights, grad_y = make_case(30, 4, 50, 6)
+    want = with_gradients(gather, values, indices, weights, grad_y)
+    weights, before = weights.requires_grad_(), torch.randn(50, 6)
+    total = before.clone()
+    for times in (1, 2):                                                    # over layers and micro-steps
+        weights.grad = None
+        gather(values.bfloat16(), indices, weights, total).backward(grad_y.bfloat16())
+        close(total - before, times * want[1], BFLOAT16)
+        close(weights.grad, want[2], 2 * BFLOAT16)
+    assert torch.equal(total[unread(indices, 50)], before[unread(indices, 50)]) and unread(indices, 50).any()
+
+
 def test_group_by_slot():
+    slots, order = group_by_slot(torch.tensor([[3, 1], [1, 0]]))            # the docstring's example
+    assert slots.tolist() == [0, 1, 1, 3] and order.tolist() == [3, 1, 2, 0]
     torch.manual_seed(0)
-    order, starts = group_by_slot(torch.tensor([[3, 1], [1, 0]]), 4)        # the docstring's example
-    assert order.tolist() == [3, 1, 2, 0] and starts.tolist() == [0, 1, 3, 3, 4]
     for N, R, S in ((50, 8, 30), (3, 1, 1000), (0, 4, 3), (200, 4, 1)):
         for dtype in (torch.int32, torch.int64):
             indices = torch.randint(S, (N, R), dtype=dtype)
-            order, starts = group_by_slot(indices, S)
-            readers = [[p for p, slot in enumerate(indices.flatten().tolist()) if slot == s] for s in range(S)]
-            assert [order[a:b].tolist() for a, b in zip(starts[:-1], starts[1:])] == readers and starts[0] == 0 and starts[-1] == N * R
+            slots, order = group_by_slot(indices)
+            assert list(zip(slots.tolist(), order.tolist())) == sorted(zip(indices.flatten().tolist(), range(N * R)))
 
 
 def test_backend_switch(monkeypatch):
@@ -198,14 +262,14 @@ def test_backend_switch(monkeypatch):
     monkeypatch.setattr(kernel, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert kernel.backend() == "auto" and not kernel.uses_triton("cpu")
-    assert kernel.describe_backend("cpu").startswith("gather: torch's embedding_bag (")
+    assert kernel.describe_backend("cpu").startswith("memory: torch's embedding_bag, numpy's sort (")
     with pytest.raises(ValueError, match="'cuda' is not one of auto, triton, torch"):
         kernel.backend("cuda")
     with pytest.raises(ValueError, match="backend 'triton' cannot run here: .*(TRITON_INTERPRET=1|cannot be imported)"):
         kernel.backend("triton")
     assert kernel.backend() == "auto"                                       # a refused choice changes nothing
     assert kernel.backend("torch") == "torch" == kernel.backend()
-    assert kernel.describe_backend("cpu") == "gather: torch's embedding_bag (chosen by backend())"
+    assert kernel.describe_backend("cpu") == "memory: torch's embedding_bag, numpy's sort (chosen by backend())"
     monkeypatch.setattr(kernel, "triton", None)
     monkeypatch.setattr(kernel, "TRITON_MISSING", "triton cannot be imported (no module)")
     monkeypatch.setattr(kernel, "INTERPRETED", True)
@@ -229,36 +293,38 @@ SCORES = {
 }
 
 
-@pytest.mark.parametrize("kind", SCORES)
-def test_topk_indices(kind):
-    torch.manual_seed(0)
-    for n in (1, 2, 3, 7, 32, 65, 256, 1000):
-        scores = SCORES[kind](n)
-        before = scores.clone()
-        for K in {1, min(2, n), (n + 1) // 2, n}:
-            indices = topk_indices(scores, K)
-            assert torch.equal(scores.gather(-1, indices), scores.topk(K).values), f"n = {n}, K = {K}"
-            assert all(len(set(row)) == K for row in indices.tolist()), f"n = {n}, K = {K}: an index twice"
-        assert torch.equal(scores, before)
-
-
-def test_topk_indices_stay_in_range_for_nan():
-    torch.manual_seed(0)
-    scores = torch.where(torch.rand(6, 50) < 0.3, math.nan, torch.randn(6, 50))  # a diverging run must reach its own NaN check
-    indices = topk_indices(scores, 20)
-    assert indices.min() >= 0 and indices.max() < 50
-
-
-@pytest.mark.parametrize("view", [lambda s: s.transpose(0, 2), lambda s: s[:, ::3], lambda s: s[..., 1::2], lambda s: s[:1].expand(5, 9, 8)])
-def test_topk_indices_of_any_strides(view):
-    torch.manual_seed(0)
-    scores = view(torch.randn(6, 9, 8))
-    assert torch.equal(topk_indices(scores, 2), scores.topk(2).indices)
-
-
 def every_sum(scores):
     """All sums, scores (2, ..., n) -> (..., n*n)."""
     return (scores[0][..., :, None] + scores[1][..., None, :]).flatten(-2)
+
+
+@pytest.mark.parametrize("kind", SCORES)
+def test_topk_sums_of_special_numbers(kind):
+    torch.manual_seed(0)
+    for n in (1, 2, 7, 65, 300):                                            # 300: numpy's partition before its sort
+        scores = torch.stack((SCORES[kind](n), torch.zeros(6, n)))          # (2, 6, n): zeros, since inf - inf is no number
+        before = scores.clone()
+        for K in {1, (n + 1) // 2, min(n, 70)}:
+            for side in (scores, scores.flip(0)):
+                best, slots = topk_sums(side, K)
+                assert torch.equal(best, every_sum(side).topk(K).values) and torch.equal(best, every_sum(side).gather(-1, slots)), (n, K)
+                assert all(len(set(row)) == K for row in slots.tolist()), f"n = {n}, K = {K}: a slot twice"
+        assert torch.equal(scores, before)
+
+
+def test_topk_sums_stays_in_range_for_nan():
+    torch.manual_seed(0)
+    scores = torch.where(torch.rand(2, 6, 50) < 0.3, math.nan, torch.randn(2, 6, 50))  # a diverging run must reach its own NaN check
+    _, slots = topk_sums(scores, 20)
+    assert slots.min() >= 0 and slots.max() < 2500
+
+
+@pytest.mark.parametrize("view", [lambda s: s.transpose(0, 2), lambda s: s[:, ::3], lambda s: s[..., 1::2], lambda s: s[:1].expand(2, 9, 8)])
+def test_topk_sums_of_any_strides(view):
+    torch.manual_seed(0)
+    scores = view(torch.randn(2, 9, 8))[:2]
+    assert all(torch.equal(got, want) for got, want in zip(topk_sums(scores, 2), topk_sums(scores.contiguous(), 2)))
+    assert torch.equal(topk_sums(scores, 2)[0], every_sum(scores).topk(2).values)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])  # numpy's sort, torch.topk
@@ -301,9 +367,9 @@ def test_no_candidate_can_be_spared(K, monkeypatch):
     for m, (i, j) in enumerate(pairs.T.tolist()):
         scores = torch.stack([torch.where(rank <= last, -rank, -1000 - rank).float() for last in (i, j)])  # (2, K)
         right = every_sum(scores).topk(K).values
-        monkeypatch.setattr(kernel, "candidates", lambda K: pairs)
+        monkeypatch.setattr(kernel, "candidates", lambda K, device="cpu": pairs)
         assert torch.equal(topk_sums(scores, K)[0], right)
-        monkeypatch.setattr(kernel, "candidates", lambda K: torch.cat((pairs[:, :m], pairs[:, m + 1:]), dim=1))
+        monkeypatch.setattr(kernel, "candidates", lambda K, device="cpu": torch.cat((pairs[:, :m], pairs[:, m + 1:]), dim=1))
         assert not torch.equal(topk_sums(scores, K)[0], right), f"({i}, {j}) is not needed"
 
 
@@ -314,7 +380,88 @@ def test_topk_sums_compiles_without_graph_break():
     (best, slots), (want, want_slots) = compiled(scores, 4), topk_sums(scores, 4)
     assert torch.equal(best, want) and torch.equal(slots, want_slots)
     assert torch.equal(*(torch.autograd.grad(x.square().sum(), scores)[0] for x in (best, want)))
-    torch.library.opcheck(torch.ops.nanomemory.topk_cpu.default, (torch.randn(3, 9), 4))
+    torch.library.opcheck(torch.ops.nanomemory.topk_sums.default, (scores, 4))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# the table's optimizer step
+
+def test_adamw():
+    check_adamw("cpu")
+
+
+def test_random_rounding_keeps_the_mean():
+    """A thousand steps of 1e-5 on numbers whose bfloat16 neighbours are 1/128 apart: to the nearest, nothing would ever move."""
+    p = torch.ones(100, 100, dtype=torch.bfloat16)
+    assert torch.equal(p, (p.float() + 1e-5).bfloat16())
+    m, v = torch.zeros_like(p), torch.zeros_like(p)
+    for step in range(1, 1001):                                             # the gradient is always the same: AdamW moves by lr
+        kernel.adamw_(p, torch.full((100, 100), -0.5), m, v, step, 1e-5, 0.9, 0.99)
+    moved = p.double() - 1                                                  # 0 or 1/128 or, twice lucky, more
+    spread = (moved.var() / moved.numel()).sqrt()
+    assert abs(moved.mean() - 0.01) < 5 * spread < 1e-3, (moved.mean(), spread)
+
+
+def test_adamw_follows_float32():
+    torch.manual_seed(0)
+    p = torch.randn(50, 40).bfloat16()
+    q = torch.nn.Parameter(p.float())
+    optimizer, m, v = torch.optim.AdamW([q], lr=1e-2, betas=(0.9, 0.99), weight_decay=0.0), torch.zeros_like(p), torch.zeros_like(p)
+    for step in range(1, 201):
+        q.grad = torch.randn(50, 40) + q.detach()                           # noisy, and pulling towards zero
+        kernel.adamw_(p, q.grad.clone(), m, v, step, 1e-2, 0.9, 0.99)
+        optimizer.step()
+    assert (p.float() - q.detach()).abs().mean() < 0.02 < 0.3 < (q.detach() - torch.randn(50, 40)).abs().mean()
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# do the kernels build for a GPU?
+
+def build(kernel_name, signature, constants, arch, num_warps):
+    """Compile without a GPU, as a launch would: pointers and integers divisible by 16. Returns (its PTX, what ptxas -v says)."""
+    import contextlib
+    import io
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    fn = getattr(kernel, kernel_name)
+    names = [p.name for p in fn.params]
+    kinds = dict(zip(names, signature.split())) | dict.fromkeys(constants, "constexpr")
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if kinds[name][0] in "*i"}
+    source = ASTSource(fn, signature=kinds, constexprs=constants, attrs=aligned)
+    with kernel.triton.knobs.compilation.scope(), kernel.triton.knobs.nvidia.scope(), contextlib.redirect_stdout(io.StringIO()) as log:
+        kernel.triton.knobs.compilation.always_compile = True               # what comes from the cache has no log
+        kernel.triton.knobs.nvidia.dump_ptxas_log = True
+        ptx = kernel.triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(num_warps=num_warps)).asm["ptx"]
+    return ptx, log.getvalue()
+
+
+BUILDS = {}  # name: kernel, signature, constants, warps, 16-byte loads and stores at least, registers at most
+if kernel.triton is not None:
+    for number in ("fp32", "bf16"):
+        for D in (1024, 768, 64):
+            rows, block_d, warps = kernel.tile(D)
+            BUILDS[f"gather {number} {D}"] = ("gather_kernel", f"*{number} *i64 *fp32 *{number} i32 i32",
+                                              dict(BLOCK_R=rows, BLOCK_D=block_d), warps, rows * block_d * (4 if number == "fp32" else 2) // (16 * 32 * warps), 96)
+        BUILDS[f"backward {number}"] = ("gather_backward_kernel", f"*{number} *{number} *fp32 *i32 *i32 *fp32 *fp32 *fp32 *i32 i32 i32 i32",
+                                        dict(CHUNK=128, BLOCK_L=4, BLOCK_D=256, FIRST=True), 1, 16, 128)
+        BUILDS[f"topk {number}"] = ("topk_sums_kernel", f"*{number} *i64 *fp32 *i64 i32 i32 i32 i32",
+                                    dict(BLOCK_N=256, BLOCK_K=32, BLOCK_M=128), 1, 2, 128)
+    BUILDS["topk backward"] = ("topk_sums_backward_kernel", "*fp32 *i64 *fp32 i32 i32 i32", dict(BLOCK_N=1024), 1, 8, 128)
+    BUILDS["adamw"] = ("adamw_kernel", "*i16 *i16 *i16 *fp32 *fp32 i32 fp32 fp32 fp32 fp32 fp32 fp32 i32", dict(BLOCK=1024), 4, 10, 128)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("name", BUILDS)
+def test_kernels_build_for_gpus(name, arch):
+    if kernel.INTERPRETED:
+        pytest.skip("TRITON_INTERPRET is set: there is nothing to compile")
+    kernel_name, signature, constants, warps, wide, registers = BUILDS[name]
+    ptx, log = build(kernel_name, signature, constants, arch, warps)
+    number = lambda pattern: int(re.search(pattern, log)[1])
+    assert number(r"(\d+) bytes spill stores") == number(r"(\d+) bytes spill loads") == 0
+    assert number(r"Used (\d+) registers") <= registers
+    assert len(re.findall(r"(?:ld|st)\S*\.global\S*\.v(?:4\.b32|2\.b64)", ptx)) >= wide, "loads of less than 16 bytes"
+    assert "atom" not in ptx and "red.global" not in ptx                   # no float atomics: the same bits on every run
 
 
 if __name__ == "__main__":

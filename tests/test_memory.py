@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from memory import MemoryTable, ProductKeyMemory, brute_force_topk, product_key_topk
+from memory import MemoryTable, ProductKeyMemory, TableAdamW, brute_force_topk, product_key_topk
 
 
 def close(got, want, tolerance=1e-5):
@@ -132,6 +132,51 @@ def test_qk_norm_forgets_the_size_of_queries():
         search = make_layer(qk_norm=qk_norm)[0].search
         same = torch.allclose(search(x)[1], search(100 * x)[1], atol=1e-4)
         assert same == qk_norm
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# a table in bfloat16
+
+def test_bfloat16_table_takes_ten_bytes_a_value_and_sums_gradients_in_float32():
+    layer, table = make_layer()
+    lean = MemoryTable(6, 12, torch.bfloat16)
+    lean.values.data.copy_(table.values.data)
+    table.values.data.copy_(lean.values.data)                               # the same numbers in both
+    optimizer = TableAdamW([lean], lr=1e-2, betas=(0.9, 0.99), clip=0.5)
+    state = optimizer.state[lean.values]
+    assert sum(x.nbytes for x in (lean.values, lean.grad_sum, state["m"], state["v"])) == 10 * lean.values.numel()
+    for times in range(3):                                                  # layers and micro-steps add up
+        x = torch.randn(2, 5, 12)
+        layer.tables = [table]
+        layer(x).square().sum().backward()
+        layer.tables = [lean]
+        layer(x).square().sum().backward()
+        close(lean.grad_sum, table.values.grad, 0.05)                       # y, and with it grad_y, is rounded to bfloat16
+    before, want = lean.values.clone(), lean.grad_sum * 0.5 / lean.grad_sum.norm()
+    close(optimizer.step(), table.values.grad.norm(), 0.05)
+    close(state["m"].float(), 0.1 * want, 2**-7)                            # what was stepped with has the norm 0.5
+    assert not torch.equal(lean.values, before) and (lean.grad_sum == 0).all() and state["step"] == 1 and lean.values.grad is None
+    moved, sign = lean.values.double() - before.double(), table.values.grad.sign()
+    assert (moved * sign)[sign != 0].mean().item() == pytest.approx(-1e-2, abs=2e-3)      # AdamW's first step is the rate, but for rounding
+
+
+def test_bfloat16_table_optimizer_goes_on_from_its_state():
+    runs = []
+    for stop in (None, 2):
+        torch.manual_seed(0)
+        table = MemoryTable(3, 4, torch.bfloat16)
+        torch.nn.init.normal_(table.values)
+        optimizer, grads = TableAdamW([table], lr=1e-2, betas=(0.9, 0.99)), torch.randn(5, 9, 4)
+        for step, grad in enumerate(grads):
+            if step == stop:
+                saved, other = optimizer.state_dict(), MemoryTable(3, 4, torch.bfloat16)
+                other.load_state_dict(table.state_dict())
+                table, optimizer = other, TableAdamW([other], lr=5.0, betas=(0.9, 0.99))
+                optimizer.load_state_dict(saved)
+            table.grad_sum += grad
+            optimizer.step()
+        runs.append(table.values)
+    assert torch.equal(*runs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------

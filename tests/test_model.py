@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from memory import MemoryTable
+from memory import MemoryTable, TableAdamW
 from model import GPT, GPTConfig, rotary, rotate, sample_token
 
 MEMORY = dict(ffn="memory", mem_layers=(1,), mem_n_keys=6, mem_heads=2, mem_topk=3, mem_gate=False, qk_norm=False)
@@ -117,6 +117,25 @@ def test_compiles_without_graph_break(kind):
         for got, want in zip(*counts):
             close(got, want)
             assert (want.sum() > 0) == counting
+
+
+def test_bfloat16_tables_compile_without_graph_break():
+    torch._dynamo.reset()
+    model, idx, targets = make_model(**KINDS["Memory+"], mem_dtype="bfloat16"), tokens(2, 9), tokens(9, 2).T
+    optimizer = TableAdamW(list(model.tables), 1e-3, (0.9, 0.99))           # gives the tables their grad_sum
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    runs = []
+    for net in (compiled, model):
+        for _ in range(2):                                                  # the gradient adds up in place
+            loss = net(idx, targets)[1]
+            loss.backward()
+        runs.append([loss.detach(), *(t.grad_sum.clone() for t in model.tables), *(p.grad.clone() for p in model.parameters() if p.requires_grad)])
+        model.zero_grad()
+        for table in optimizer.tables:
+            assert table.grad_sum.norm() > 0
+            table.grad_sum.zero_()
+    for got, want in zip(*runs):
+        close(got, want)
 
 
 @pytest.mark.parametrize("kind", ["Memory", "Memory+"])
@@ -253,6 +272,7 @@ def test_loss_starts_at_log_v(kind):
     (dict(n_embd=6, n_head=2), ["n_embd 6", "2 * n_head = 4"]),             # heads of size 3 have no pairs to rotate
     (dict(ffn="sparse"), ["ffn 'sparse'", "dense", "memory"]),
     (MEMORY | dict(mem_n_keys=0), ["mem_n_keys 0 < 1"]),
+    (MEMORY | dict(mem_dtype="float16"), ["mem_dtype 'float16'", "float32", "bfloat16"]),
     (MEMORY | dict(mem_heads=0), ["mem_heads 0 < 1"]),
     (MEMORY | dict(mem_topk=0), ["mem_topk 0 < 1"]),
     (MEMORY | dict(mem_topk=7), ["mem_topk 7 > 6 half-keys"]),

@@ -103,7 +103,7 @@ def test_schedule():
 def test_optimizer_groups_add_up(whole):
     model, state = GPT.load(whole)
     s = train.Settings(learning_rate=1e-3, value_lr=7e-3)
-    optimizer, values, others = train.make_optimizer(model, s)
+    (optimizer,), values, others = train.make_optimizer(model, s)
     grouped = [p for g in optimizer.param_groups for p in g["params"]]
     assert len({id(p) for p in grouped}) == len(grouped) == len(list(model.parameters())) == len(values) + len(others)
     assert len(values) == 1 and values[0] is model.tables[0].values
@@ -177,9 +177,14 @@ def test_killed_ten_times_is_the_run_that_never_stopped(whole, data, tmp_path):
     assert kills == 10
 
 
-def test_ctrl_c_saves_and_resumes_to_the_same_bits(whole, data, tmp_path):
-    out = tmp_path / "stopped"
-    args = [*TINY, "--data", str(data), "--out-dir", str(out), "--dropout", "0.1"]
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_ctrl_c_saves_and_resumes_to_the_same_bits(whole, data, tmp_path, dtype):
+    out, args = tmp_path / "stopped", [*TINY, "--data", str(data), "--dropout", "0.1", "--mem-dtype", dtype]
+    if dtype != "float32":
+        whole = tmp_path / "whole"
+        assert train.main([*args, "--out-dir", str(whole)]) == 0
+        assert weights(whole)["tables.0.values"].dtype == torch.bfloat16
+    args += ["--out-dir", str(out)]
     pid = in_child(lambda: train.main(args))
     while not (out / "log.jsonl").exists() or len((out / "log.jsonl").read_text()) < 10:
         time.sleep(0.01)
@@ -192,8 +197,9 @@ def test_ctrl_c_saves_and_resumes_to_the_same_bits(whole, data, tmp_path):
     assert logged(out) == logged(whole)
 
 
-def test_two_ranks_and_accumulation_give_the_run_of_one(data, tmp_path):
-    args = [*TINY, "--data", str(data), "--max-steps", "12"]
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_ranks_and_accumulation_give_the_run_of_one(data, tmp_path, dtype):
+    args = [*TINY, "--data", str(data), "--max-steps", "12", "--mem-dtype", dtype]
     runs = {"one": (1, []), "micro": (1, ["--micro-batch-size", "4"]), "two": (2, ["--micro-batch-size", "4"])}
     for name, (ranks, more) in runs.items():
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
@@ -202,9 +208,10 @@ def test_two_ranks_and_accumulation_give_the_run_of_one(data, tmp_path):
         assert done.returncode == 0, done.stderr
     one = [x["loss"] for x in logged(tmp_path / "one")]
     for name in ("micro", "two"):
-        assert [x["loss"] for x in logged(tmp_path / name)] == pytest.approx(one, rel=2e-5)
+        assert [x["loss"] for x in logged(tmp_path / name)] == pytest.approx(one, rel=2e-5 if dtype == "float32" else 2e-4)
         for k, v in weights(tmp_path / name).items():
-            assert torch.allclose(v, weights(tmp_path / "one")[k], atol=2e-3), k    # AdamW's first steps are signs: summation order shows
+            off = (v - weights(tmp_path / "one")[k]).abs()                          # AdamW's first steps are signs: summation order shows
+            assert off.max() < 2e-3 if v.dtype == torch.float32 else off.float().mean() < 2e-4, k  # one place of bfloat16 is up to 4e-3
         assert json.loads((tmp_path / name / "result.json").read_text())["val_loss"] == pytest.approx(
             json.loads((tmp_path / "one" / "result.json").read_text())["val_loss"], rel=1e-4)
 
