@@ -87,8 +87,8 @@ def gather(values, indices, weights, grad_sum=None):
     and the same bits on every run: no float atomics. grad_sum (S, D) float32: the gradient of the values is added to it in place, only
     in rows that were read, and values itself needs no grad. Raises ValueError for shapes that do not fit.
     """
-    if values.dim() != 2 or indices.dim() != 2 or indices.shape != weights.shape:
-        raise ValueError(f"gather wants values (S, D) and indices, weights of one shape (N, R); got values {tuple(values.shape)}, "
+    if values.dim() != 2 or indices.dim() != 2 or indices.shape != weights.shape or indices.numel() >= 2**31:
+        raise ValueError(f"gather wants values (S, D) and indices, weights of one shape (N, R), N*R < 2^31; got values {tuple(values.shape)}, "
                          f"indices {tuple(indices.shape)}, weights {tuple(weights.shape)}")
     weights = weights.to(torch.promote_types(values.dtype, torch.float32))  # (N, R)
     if values.device.type == "mps" and grad_sum is None:
@@ -124,6 +124,8 @@ def gather_backward_torch(grad_y, values, indices, weights, wants_values):
         starts = torch.searchsorted(slots, torch.arange(S + 1, dtype=torch.int32, device=slots.device))  # (S+1,)
         token = tokens[:, None].expand(N, R).reshape(-1).index_select(0, order)                          # (N*R,)
         grad_values = bag(grad_y, token, weights.view(-1).index_select(0, order), starts)                # (S, D)
+    if values.device.type != "cpu":
+        return grad_values, torch.einsum("nd,nrd->nr", grad_y, values[indices])  # (S, D), (N, R)
     if R > S or indices.numel() == 0:  # the whole product is no larger
         return grad_values, (grad_y @ values.T).gather(1, indices.long())   # (S, D), (N, R)
     places = torch.sparse_csr_tensor(torch.arange(0, N * R + 1, R, device=values.device), indices.long().view(-1), weights.view(-1),
@@ -216,7 +218,7 @@ def gather_triton(values, indices, weights):
 
 
 def gather_backward_triton(grad_y, values, indices, weights, grad_sum, chunk=128):
-    """Adds the values' gradient to grad_sum (S, D) float32; returns that of the weights (N, R)."""
+    """Adds the values' gradient to grad_sum (S, D) float32; returns that of the weights (N, R). chunk >= 4, so that each round is shorter."""
     (N, R), D = indices.shape, values.shape[1]
     if N * R * D == 0:
         return torch.zeros_like(weights)                                    # (N, R)
@@ -242,6 +244,8 @@ def gather_backward_triton(grad_y, values, indices, weights, grad_sum, chunk=128
 def gather_op(values: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, grad_sum: torch.Tensor | None) -> torch.Tensor:
     if uses_triton(values.device) and values.dtype != torch.float64:
         return gather_triton(values, indices, weights)
+    if values.dtype == torch.bfloat16 and indices.numel() < len(values):
+        return gather_reference(values, indices, weights)  # a few rows: do not widen the whole table for them
     return bag(values, indices, weights).to(values.dtype)
 
 
@@ -499,10 +503,12 @@ def check(device, dtype):
         assert torch.equal(best, every.topk(K).values) and torch.equal(best, every.gather(-1, slots)), f"topk_sums at n {n}, K {K}"
 
 
-def milliseconds(call, inputs, device, seconds=0.5):
-    """Median and quartiles of call(*inputs[i]) in ms; inputs rotate, so that no cache holds the rows from the last time."""
+def milliseconds(call, inputs, device, before=lambda: None, seconds=0.5):
+    """Median and quartiles of call(*inputs[i]) in ms; inputs rotate, so that no cache holds the rows from the last time. before() is
+    called ahead of each, untimed."""
     times, begin, i = [], time.perf_counter(), 0
     while len(times) < 8 or (time.perf_counter() - begin < seconds and len(times) < 200):
+        before()
         if device == "cuda":
             torch.cuda.synchronize()
         t = time.perf_counter()
@@ -515,14 +521,14 @@ def milliseconds(call, inputs, device, seconds=0.5):
     return middle, low, high
 
 
-def row(name, call, inputs, device, moved, copy_rate):
+def row(name, call, inputs, device, moved, copy_rate, before=lambda: None):
     """Time one way to do it and print a line of the table. moved: the bytes it has to move at least. Returns its GB/s."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    middle, low, high = milliseconds(call, inputs, device)
+    middle, low, high = milliseconds(call, inputs, device, before)
     rate = moved / middle / 1e6
     peak = f"{torch.cuda.max_memory_allocated() / 2**20:9.0f}" if device == "cuda" else "        -"
-    print(f"  {name:38s}{middle:9.2f} [{low:7.2f}, {high:7.2f}]{rate:8.1f}{100 * rate / copy_rate:6.0f}%{peak}", flush=True)
+    print(f"  {name:50s}{middle:9.2f} [{low:7.2f}, {high:7.2f}]{rate:8.1f}{100 * rate / copy_rate:6.0f}%{peak}", flush=True)
     return rate
 
 
@@ -544,12 +550,14 @@ def measure(S, D, N, R, device, dtype, copy_rate, hot=False):
     touched = len(inputs[0][0].unique()) * D                         # numbers of the table that are read at least once
     backward = touched * (number + 4) + N * D * number + lookups * (12 + 8 + 4)  # those, their gradient, grad_y, what sorting leaves, grad_w
     for name, way in ways.items():
+        with torch.no_grad():
+            rates[name] = row(f"{name}, forward", lambda i, w: way(values, i, w), inputs, device, forward, copy_rate)
+    total, table = torch.randn(S, D, device=device), values.requires_grad_()                    # (S, D) both
+    ways["ours, gradient added in place"] = lambda v, i, w: gather(v.detach(), i, w, total)
+    for name, way in ways.items():
         def both(i, w):
             table.grad = w.grad = None
             way(table, i, w).backward(grad)
-        with torch.no_grad():
-            rates[name] = row(f"{name}, forward", lambda i, w: way(values, i, w), inputs, device, forward, copy_rate)
-        table = values.detach().requires_grad_()
         row(f"{name}, forward + backward", both, inputs, device, forward + backward, copy_rate)
     return rates
 
@@ -570,7 +578,7 @@ def main():
     big = [torch.randn(2**28 if gpu else 2**25, device=device) for _ in range(2)]               # 1 GiB, or 128 MiB: larger than any cache
     copy_rate = 2 * big[0].nbytes / milliseconds(lambda a, b: a.copy_(b), [big], device)[0] / 1e6
     del big
-    print(f"{name}, torch {torch.__version__}: a copy moves {copy_rate:.0f} GB/s\n\n{'':40s}{'ms':>9s} [quartiles]{'GB/s':>15s} {'copy':>6s}{'peak MiB':>9s}")
+    print(f"{name}, torch {torch.__version__}: a copy moves {copy_rate:.0f} GB/s\n\n{'':52s}{'ms':>9s} [quartiles]{'GB/s':>15s} {'copy':>6s}{'peak MiB':>9s}")
     N, R, dims, slots = (16384, 128, (256, 768, 1024), (2**16, 2**20, 2**22)) if gpu else (1024, 128, (64, 128, 512), (2**14, 2**16, 2**18))
     curves = {}
     for dtype in dtypes if gpu else (torch.float32,):
@@ -583,11 +591,7 @@ def main():
         moved = scores[0][0].nbytes + 4 * N * 32 * 12
         print(f"product-key top 32 of {n} x {n}, {4 * N} queries, float32")
         row("ours", lambda s: topk_sums(s, 32), scores, device, moved, copy_rate)
-
-        def chain(s):
-            (a, i), (b, j) = s[0].topk(32), s[1].topk(32)                                       # (H, N, K) each
-            return (a[..., :, None] + b[..., None, :]).flatten(-2).topk(32)                     # (H, N, K) both
-        row("torch.topk of halves, of all K * K", chain, scores, device, moved, copy_rate)
+        row("torch.topk", lambda s: topk_sums_reference(s, 32), scores, device, moved, copy_rate)
     S, D = slots[1], dims[1]
     table = [torch.randn(S, D, device=device) for _ in range(4)]                                # (S, D) each: values, gradient, m, v
     print(f"AdamW on a table of {S} x {D}")
@@ -595,19 +599,20 @@ def main():
     table[0].grad = table[1]
     row("torch.optim, float32, fused", optimizer.step, [()], device, 28 * S * D, copy_rate)
     p, m, v = (x.bfloat16() for x in (table[0], table[2], table[3].abs()))
-    row("ours, bfloat16, rounded randomly", lambda: adamw_(p, table[1], m, v, 10, 1e-3, 0.9, 0.99), [()], device, 20 * S * D, copy_rate)
+    row("ours, bfloat16, rounded randomly", lambda: adamw_(p, table[1], m, v, 10, 1e-3, 0.9, 0.99), [()], device, 20 * S * D, copy_rate,
+        before=table[1].normal_)
     if args.plot:
         import matplotlib
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
         fig, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, constrained_layout=True)
-        for way, rates in curves.items():
-            axes[0].plot(dims, [rates[slots[1], D] for D in dims], "o-", label=way)
-            axes[1].plot(slots, [rates[S, dims[-1]] for S in slots], "o-", label=way)
-        for ax, xlabel, base in ((axes[0], f"value dim D, {slots[1]} slots", 2), (axes[1], f"slots S, value dim {dims[-1]}", 2)):
+        for ax, xs, at, xlabel in ((axes[0], dims, lambda D: (slots[1], D), f"value dim D, {slots[1]} slots"),
+                                   (axes[1], slots, lambda S: (S, dims[-1]), f"slots S, value dim {dims[-1]}")):
+            for way, rates in curves.items():
+                ax.plot(xs, [rates[at(x)] for x in xs], "o-", label=way)
             ax.axhline(copy_rate, color="gray", ls="--", label="measured copy: the limit of memory")
-            ax.set_xscale("log", base=base)
             ax.set(xlabel=xlabel, ylabel="GB/s, forward", title=f"{name}: {N} tokens x {R} reads", ylim=0)
+            ax.set_xscale("log", base=2)
         axes[0].legend(fontsize=8)
         os.makedirs("assets", exist_ok=True)
         fig.savefig("assets/kernel.png", dpi=80)

@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from memory import MemoryTable, ProductKeyMemory
+from memory import MemoryTable, ProductKeyMemory, TableAdamW
 
 
 @dataclass
@@ -238,6 +238,21 @@ class GPT(nn.Module):
         except Exception as e:  # a foreign or broken file can raise anything
             raise ValueError(f"{path} is not a whole checkpoint of this program ({type(e).__name__}): train anew in another folder") from None
         return model.to(device), state
+
+    def make_optimizers(self, s):
+        """AdamW in groups that add up to the model: matrices (decayed), the rest (not), the memory's values (own rate, not; in bfloat16 they
+        have an optimizer of their own) -> [optimizers], the float32 values, all other parameters but bfloat16 values."""
+        values, lean = [t.values for t in self.tables if t.values.requires_grad], [t for t in self.tables if not t.values.requires_grad]
+        matrices = [p for n, p in self.named_parameters() if p.dim() == 2 and not n.startswith("wte") and not n.endswith(".values")]
+        rest = [p for n, p in self.named_parameters() if n.startswith("wte") or (p.dim() != 2)]
+        assert len(values) + len(lean) + len(matrices) + len(rest) == len(list(self.parameters()))
+        groups = [dict(params=matrices, peak=s.learning_rate, weight_decay=s.weight_decay), dict(params=rest, peak=s.learning_rate),
+                  dict(params=values, peak=s.value_lr)]
+        optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], lr=s.learning_rate, betas=(s.beta1, s.beta2), weight_decay=0.0,
+                                        fused=self.wte.weight.device.type in ("cpu", "cuda"))]
+        if lean:
+            optimizers.append(TableAdamW(lean, s.value_lr, (s.beta1, s.beta2), s.grad_clip))
+        return optimizers, values, matrices + rest
 
     def param_counts(self):
         """Parameters by what they do: embedding, dense, half_keys, values, their total, and active: those that one token uses (a memory

@@ -21,7 +21,6 @@ import torch.distributed as dist
 
 import prepare_data
 from kernel import describe_backend
-from memory import TableAdamW
 from model import GPT, GPTConfig
 
 
@@ -52,12 +51,12 @@ class Settings(GPTConfig):
 
 PRESETS = {  # what a preset changes in Settings; a name that starts with facts also says how its corpus is made
     "facts": dict(n_layer=3, n_head=4, n_embd=64, mem_layers=(1,), mem_n_keys=128, mem_key_dim=16, value_lr=2e-2, log_every=250),
-    "facts-gpu": dict(data="data/facts-gpu", n_layer=8, n_head=8, n_embd=512, mem_layers=(2, 4, 6), mem_n_keys=512, max_steps=16_000,
-                      batch_size=512, learning_rate=1e-3, value_lr=1e-2),
+    "facts-gpu": dict(data="data/facts-gpu", n_layer=8, n_head=8, n_embd=512, mem_layers=(2, 4, 6), mem_n_keys=512, mem_dtype="bfloat16",
+                      max_steps=16_000, batch_size=512, learning_rate=1e-3, value_lr=1e-2),
     "tinystories": dict(data="data/tinystories", n_layer=6, n_head=6, n_embd=384, block_size=256, mem_layers=(1, 3, 5),
                         max_steps=20000, batch_size=64, learning_rate=1e-3, value_lr=5e-3, log_every=50, eval_windows=512),
     "openwebtext": dict(data="data/openwebtext", n_layer=12, n_head=12, n_embd=768, block_size=1024, mem_layers=(2, 6, 10),
-                        mem_n_keys=1024, max_steps=20000, batch_size=480, micro_batch_size=32, learning_rate=6e-4, value_lr=3e-3,
+                        mem_n_keys=1024, mem_dtype="bfloat16", max_steps=20000, batch_size=480, micro_batch_size=32, learning_rate=6e-4, value_lr=3e-3,
                         beta2=0.95, warmup_steps=700, log_every=10, eval_every=500, eval_windows=1024),
 }
 FACTS = {"facts": dict(people=8000, documents=640_000), "facts-gpu": dict(people=100_000, documents=8_192_000)}
@@ -247,24 +246,7 @@ def ask_facts(model, facts, meta, read, rank=0, world=1, count=None):
                 recall_unseen_phrasing=unseen[known].mean(), bits_stored=bits, bits_per_param=bits / model.param_counts()["total"])
 
 
-# ---- optimizer, checkpoint
-
-def make_optimizer(model, s):
-    """AdamW in groups that add up to the model: matrices (decayed), the rest (not), the memory's values (own rate, not; in bfloat16 they
-    have an optimizer of their own) -> [optimizers], the float32 values, all other parameters but bfloat16 values."""
-    values, lean = [t.values for t in model.tables if t.values.requires_grad], [t for t in model.tables if not t.values.requires_grad]
-    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and not n.startswith("wte") and not n.endswith(".values")]
-    rest = [p for n, p in model.named_parameters() if n.startswith("wte") or (p.dim() != 2)]
-    assert len(values) + len(lean) + len(matrices) + len(rest) == len(list(model.parameters()))
-    groups = [dict(params=matrices, peak=s.learning_rate, weight_decay=s.weight_decay), dict(params=rest, peak=s.learning_rate),
-              dict(params=values, peak=s.value_lr)]
-    device = next(model.parameters()).device.type
-    optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], lr=s.learning_rate, betas=(s.beta1, s.beta2), weight_decay=0.0,
-                                    fused=device in ("cpu", "cuda"))]
-    if lean:
-        optimizers.append(TableAdamW(lean, s.value_lr, (s.beta1, s.beta2), s.grad_clip))
-    return optimizers, values, matrices + rest
-
+# ---- schedule, checkpoint
 
 def schedule(step, s):
     """Share of the peak rate at a step: linear warm-up, then a straight line to zero at max_steps."""
@@ -437,6 +419,8 @@ def restore(out, meta, s, device):
 def train(s, preset, resume):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device, out = choose_device(s, world), Path(s.out_dir)
+    if s.mem_dtype != "float32" and device == "mps":
+        raise Trouble(f"--mem-dtype {s.mem_dtype} does not train on mps: use float32 there, or --device cpu")
     cuda, say = device.startswith("cuda"), print if rank == 0 else lambda *a, **k: None
     if rank == 0 and not resume and (out / "ckpt.pt").exists():
         raise Trouble(f"{out} holds a run already: go on with it by --resume, or start another with --out-dir out/NAME")
@@ -454,7 +438,7 @@ def train(s, preset, resume):
     ctx = torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext()
     resume = resume and (out / "ckpt.pt").exists()  # a run that died before its first checkpoint starts again
     model, state = restore(out, meta, s, device) if resume else (GPT(s).to(device), dict(step=0, seconds=0.0))
-    optimizers, values, others = make_optimizer(model, s)
+    optimizers, values, others = model.make_optimizers(s)
     if resume:
         for optimizer, saved in zip(optimizers, state["optimizer"]):
             optimizer.load_state_dict(saved)

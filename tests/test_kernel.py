@@ -90,6 +90,7 @@ def check_triton(device):
     checks |= {f"topk_sums {n} {K} {dtype}": lambda n=n, K=K, dtype=dtype: check_topk(n, K, dtype, device)
                for n, K in ((1, 1), (7, 7), (5, 3), (40, 16)) for dtype in (torch.float32, torch.bfloat16)}
     checks["adamw_"] = lambda: check_adamw(device)
+    checks["a whole model"] = lambda: check_model(device)
     checks["torch.compile"] = lambda: check_compile(gather, case)
     failed = 0
     for name, check in checks.items():
@@ -150,6 +151,21 @@ def check_adamw(device):
         assert off.abs().max() <= 2**-7 and abs(off.mean()) < 5 * 2**-8 / 3000**0.5 and off.abs().max() > 2**-9, off.abs().max()
 
 
+def check_model(device):
+    """Loss and gradients of a GPT whose two memory layers share a table: Triton's are torch's."""
+    from model import GPT, GPTConfig
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=30, block_size=8, n_layer=2, n_head=2, n_embd=16, ffn="memory", mem_layers=(0, 1), mem_n_keys=6, mem_topk=3,
+                          mem_heads=2)).to(device)
+    idx, runs = torch.randint(30, (2, 8), device=device), []
+    for name in ("torch", "triton"):
+        kernel.backend(name)
+        loss = model(idx, idx)[1]
+        runs.append((loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))))
+    for want, got in zip(*runs):
+        close(got, want, 10 * FLOAT32)
+
+
 def check_compile(f, case):
     torch._dynamo.reset()
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")        # fullgraph: an error where the graph would break
@@ -165,7 +181,7 @@ def test_triton_kernels(device):
         pytest.skip("no GPU: the kernels were interpreted only")
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1" if device == "cpu" else "0"}
     done = subprocess.run([sys.executable, __file__, device], env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.count("ok  ") >= len(CASES) + len(ROUNDS) + 12, done.stdout + done.stderr
+    assert done.returncode == 0 and done.stdout.count("ok  ") >= len(CASES) + len(ROUNDS) + 13, done.stdout + done.stderr
 
 
 @pytest.fixture
@@ -231,6 +247,11 @@ def test_gather_torch_compiles_without_graph_break(torch_path):
 def test_gather_refuses_shapes_that_do_not_fit(values, indices, weights):
     with pytest.raises(ValueError, match="gather wants"):
         gather(torch.zeros(values), torch.zeros(indices, dtype=torch.int64), torch.zeros(weights))
+
+
+def test_gather_of_a_few_bfloat16_rows(torch_path):
+    values, indices, weights, _ = make_case(3, 4, 500, 6, dtype=torch.bfloat16)  # fewer reads than rows: they alone are widened
+    close(gather(values, indices, weights), gather_reference(values.double(), indices, weights.double()), BFLOAT16)
 
 
 def test_gather_adds_to_grad_sum(torch_path):

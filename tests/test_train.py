@@ -103,7 +103,7 @@ def test_schedule():
 def test_optimizer_groups_add_up(whole):
     model, state = GPT.load(whole)
     s = train.Settings(learning_rate=1e-3, value_lr=7e-3)
-    (optimizer,), values, others = train.make_optimizer(model, s)
+    (optimizer,), values, others = model.make_optimizers(s)
     grouped = [p for g in optimizer.param_groups for p in g["params"]]
     assert len({id(p) for p in grouped}) == len(grouped) == len(list(model.parameters())) == len(values) + len(others)
     assert len(values) == 1 and values[0] is model.tables[0].values
