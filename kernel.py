@@ -304,12 +304,8 @@ def topk_sums_reference(scores, K):
 def sort_largest(packed, K):
     """Sort rows of 64-bit words, in place, by the float32 in the high half; an index in the low half goes along. packed (rows, n) int64 ->
     its last K columns, largest first. A float32 with 32 more bits is in the same order as a float64: numpy sorts those in vectors, where
-    torch.topk branches at each number (8 times slower at n = 128)."""
-    words = packed.view(torch.float64).numpy()                              # (rows, n)
-    if words.shape[1] > 256:
-        words.partition(words.shape[1] - K)                                 # the K largest last, in any order
-        words = words[:, -K:]
-    words.sort()
+    torch.topk branches at each number."""
+    packed.view(torch.float64).numpy().sort()
     return packed[:, -K:].flip(-1)                                          # (rows, K)
 
 
@@ -379,8 +375,8 @@ def topk_sums_op(scores: torch.Tensor, K: int) -> tuple[torch.Tensor, torch.Tens
             topk_sums_kernel[(rows,)](scores.contiguous(), pairs, best, slots, rows, n, K, pairs.shape[1],
                                       *(triton.next_power_of_2(x) for x in (n, K, pairs.shape[1])), num_warps=min(max(n // 512, 1), 8))
         return best, slots
-    if scores.device.type == "cpu" and scores.dtype == torch.float32:
-        return topk_sums_cpu(scores, K)
+    if scores.device.type == "cpu" and scores.dtype == torch.float32 and scores.shape[-1] <= 256:
+        return topk_sums_cpu(scores, K)  # to sort all of more costs more than torch's selection
     return topk_sums_reference(scores, K)
 
 
@@ -586,7 +582,7 @@ def main():
             for way, rate in measure(S, D, N, R, device, dtype, copy_rate, hot).items():
                 if not hot:
                     curves.setdefault(f"{way}, {str(dtype)[6:]}", {})[S, D] = rate
-    for n in (128, 1024):
+    for n in (128, 256, 1024):
         scores = [(torch.randn(2, 4, N, n, device=device),) for _ in range(4)]                  # (2, H, N, n)
         moved = scores[0][0].nbytes + 4 * N * 32 * 12
         print(f"product-key top 32 of {n} x {n}, {4 * N} queries, float32")

@@ -322,7 +322,7 @@ def every_sum(scores):
 @pytest.mark.parametrize("kind", SCORES)
 def test_topk_sums_of_special_numbers(kind):
     torch.manual_seed(0)
-    for n in (1, 2, 7, 65, 300):                                            # 300: numpy's partition before its sort
+    for n in (1, 2, 7, 65, 300):                                            # 300: beyond what is sorted whole
         scores = torch.stack((SCORES[kind](n), torch.zeros(6, n)))          # (2, 6, n): zeros, since inf - inf is no number
         before = scores.clone()
         for K in {1, (n + 1) // 2, min(n, 70)}:
