@@ -127,7 +127,7 @@ class ProductKeyMemory(nn.Module):
         if self.qk_norm:
             q = F.rms_norm(q, (self.half_dim,)) / math.sqrt(self.half_dim)  # (N, H, 2, d)
             keys = F.rms_norm(keys, (self.half_dim,))                       # (2, H, n, d)
-        scores, slots = product_key_topk(q, keys, self.topk)    # (N, H, K), (N, H, K)
+        scores, slots = product_key_topk(q, keys, self.topk)                # (N, H, K), (N, H, K)
         return slots, scores.float().softmax(dim=-1)
 
     def forward(self, x):

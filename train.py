@@ -393,6 +393,8 @@ def choose_device(s, world):
     device = next(d for d in there if there[d]) if s.device == "auto" else s.device
     if not there.get(device.split(":")[0]):
         raise Trouble(f"--device {device} is not to be had on this machine: use --device cpu")
+    if s.ffn == "memory" and s.mem_dtype != "float32" and device == "mps":
+        raise Trouble(f"--mem-dtype {s.mem_dtype} does not train on mps: use float32 there, or --device cpu")
     if world > 1:
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
         if device == "cuda":
@@ -419,8 +421,6 @@ def restore(out, meta, s, device):
 def train(s, preset, resume):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device, out = choose_device(s, world), Path(s.out_dir)
-    if s.mem_dtype != "float32" and device == "mps":
-        raise Trouble(f"--mem-dtype {s.mem_dtype} does not train on mps: use float32 there, or --device cpu")
     cuda, say = device.startswith("cuda"), print if rank == 0 else lambda *a, **k: None
     if rank == 0 and not resume and (out / "ckpt.pt").exists():
         raise Trouble(f"{out} holds a run already: go on with it by --resume, or start another with --out-dir out/NAME")

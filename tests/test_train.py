@@ -113,6 +113,14 @@ def test_optimizer_groups_add_up(whole):
     assert {id(p) for p in decayed["params"]} == {id(p) for n, p in model.named_parameters() if p.dim() == 2 and "wte" not in n and "values" not in n}
 
 
+def test_only_a_bfloat16_table_is_refused_on_mps(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    on_mps = lambda *flags: train.choose_device(train.read_settings(["openwebtext", "--device", "mps", *flags])[0], 1)
+    assert on_mps("--ffn", "dense") == on_mps("--mem-dtype", "float32") == "mps"        # the preset's table is in bfloat16
+    with pytest.raises(train.Trouble, match="--mem-dtype bfloat16 does not train on mps"):
+        on_mps()
+
+
 # ---- the run folder
 
 def test_result_says_what_the_checkpoint_knows(whole, data):
