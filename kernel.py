@@ -319,8 +319,8 @@ def topk_sums_cpu(scores, K):
     slots = (i * n).index_select(0, first).add_(j.index_select(0, second))  # (M, rows)
     a, b = a.view(torch.float32), b.view(torch.float32)                     # (K, rows) both
     sums = a.index_select(0, first).add_(b.index_select(0, second))         # (M, rows)
-    packed = sums.view(torch.int32).T.flatten().view(-1, len(first)).long()  # (rows, M)
-    top = sort_largest(packed.bitwise_left_shift_(32).bitwise_or_(slots.T.contiguous()), K)  # (rows, K)
+    packed = sums.view(torch.int32).long().bitwise_left_shift_(32).bitwise_or_(slots)         # (M, rows)
+    top = sort_largest(packed.T.flatten().view(-1, len(first)), K)          # (rows, K)
     shape = (*scores.shape[1:-1], K)
     return top.view(torch.float32)[:, 1::2].clone().view(shape), (top & (2**31 - 1)).view(shape)
 
@@ -594,6 +594,11 @@ def main():
     optimizer = torch.optim.AdamW([table[0]], fused=True)
     table[0].grad = table[1]
     row("torch.optim, float32, fused", optimizer.step, [()], device, 28 * S * D, copy_rate)
+    rows = torch.randint(S, (N * R,), device=device).unique()                                   # what a step reads
+    lazy, grad = torch.optim.SparseAdam([table[0]]), torch.sparse_coo_tensor(rows[None], table[1][rows], (S, D), is_coalesced=True)
+    table[0].grad = grad
+    row(f"torch.optim.SparseAdam, the {len(rows) / S:.0%} of rows read", lazy.step, [()], device, 28 * len(rows) * D, copy_rate)
+    table[0].grad = None
     p, m, v = (x.bfloat16() for x in (table[0], table[2], table[3].abs()))
     row("ours, bfloat16, rounded randomly", lambda: adamw_(p, table[1], m, v, 10, 1e-3, 0.9, 0.99), [()], device, 20 * S * D, copy_rate,
         before=table[1].normal_)
