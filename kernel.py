@@ -426,21 +426,26 @@ def round_randomly(x, noise):
     return (x.view(torch.int32) + noise).bitwise_right_shift_(16).to(torch.int16).view(torch.bfloat16)
 
 
-def adamw_(values, grad_sum, m, v, step, lr, beta1, beta2, scale=1.0, eps=1e-8):
+def adamw_(values, grad_sum, m, v, step, lr, beta1, beta2, scale=1.0, eps=1e-8, columns=None):
     """One step of AdamW without decay (arXiv 1711.05101) on a bfloat16 table, in place; grad_sum is zeroed on the way.
 
-    values, m, v (S, D) bfloat16, rounded randomly, seeded by step (1, 2, ...); grad_sum (S, D) float32, multiplied by scale, a number
-    or a scalar tensor. Bytes a value: 2 + 2 + 2 + 4 held; 10 read, 10 written. AdamW in float32: 16 held, 16 read, 12 written, and
+    values, m, v (S, W) bfloat16, rounded randomly, seeded by step (1, 2, ...); grad_sum (S, W) float32, multiplied by scale, a number
+    or a scalar tensor. columns = (first, D): the W columns are first, first + 1, ... of a table (S, D), and are rounded as they would be
+    there; default (0, W). Bytes a value: 2 + 2 + 2 + 4 held; 10 read, 10 written. AdamW in float32: 16 held, 16 read, 12 written, and
     the gradient made, 4 more.
     """
-    scale = torch.as_tensor(scale, dtype=torch.float32, device=values.device)
+    (S, W), scale = values.shape, torch.as_tensor(scale, dtype=torch.float32, device=values.device)
+    first, D = columns or (0, W)
     if uses_triton(values.device):
-        as_bits, L = [x.view(torch.int16) for x in (values, m, v)], values.numel()
-        adamw_kernel[(triton.cdiv(L, 1024),)](*as_bits, grad_sum, scale, L, lr, beta1, beta2, eps, 1 - beta1**step, 1 - beta2**step, step, 1024)
+        block_w = min(triton.next_power_of_2(W), 1024)
+        block_s = 1024 // block_w
+        adamw_kernel[(triton.cdiv(S, block_s), triton.cdiv(W, block_w))](
+            *(x.view(torch.int16) for x in (values, m, v)), grad_sum, scale, S, W, first, D, lr, beta1, beta2, eps, 1 - beta1**step, 1 - beta2**step,
+            step, block_s, block_w)
         return
     noise = torch.Generator(values.device).manual_seed(step)
-    for p, g, m, v in zip(*(x.view(-1).split(2**20) for x in (values, grad_sum, m, v))):
-        g32, bits = g * scale, torch.randint(2**48, g.shape, device=g.device, generator=noise)
+    for p, g, m, v in zip(*(x.split(2**20 // D + 1) for x in (values, grad_sum, m, v))):
+        g32, bits = g * scale, torch.randint(2**48, (len(g), D), device=g.device, generator=noise)[:, first:first + W]
         m32, v32 = m.float().lerp_(g32, 1 - beta1), v.float().lerp_(g32.square(), 1 - beta2)
         p32 = p.float().addcdiv_(m32, (v32 / (1 - beta2**step)).sqrt_().add_(eps), value=-lr / (1 - beta1**step))
         for i, (x, x32) in enumerate(((p, p32), (m, m32), (v, v32))):
@@ -458,20 +463,23 @@ if triton is not None:
         return ((x.to(tl.int32, bitcast=True) + (noise & 0xFFFF).to(tl.int32)) >> 16).to(tl.int16)
 
     @triton.jit
-    def adamw_kernel(values, m, v, grad_sum, scale, L, lr, beta1, beta2, eps, correct1, correct2, seed, BLOCK: tl.constexpr):
-        """One program: BLOCK of the L = S*D numbers. values, m, v (L,) bfloat16 as int16, grad_sum (L,) float32, scale ()."""
-        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)     # (BLOCK,)
-        g = tl.load(grad_sum + i, mask=i < L, other=0.0) * tl.load(scale)   # (BLOCK,)
-        m32 = wide(tl.load(m + i, mask=i < L, other=0))
-        v32 = wide(tl.load(v + i, mask=i < L, other=0))
+    def adamw_kernel(values, m, v, grad_sum, scale, S, W, first, D, lr, beta1, beta2, eps, correct1, correct2, seed,
+                     BLOCK_S: tl.constexpr, BLOCK_W: tl.constexpr):
+        """One program: a tile of the table. values, m, v (S, W) bfloat16 as int16, grad_sum (S, W) float32, scale ()."""
+        s = tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)  # (BLOCK_S,)
+        d = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)              # (BLOCK_W,)
+        i, here = s[:, None] * W + d[None, :], (s < S)[:, None] & (d < W)[None, :]  # (BLOCK_S, BLOCK_W) both, as all below
+        g = tl.load(grad_sum + i, mask=here, other=0.0) * tl.load(scale)
+        m32 = wide(tl.load(m + i, mask=here, other=0))
+        v32 = wide(tl.load(v + i, mask=here, other=0))
         m32 += (1 - beta1) * (g - m32)
         v32 += (1 - beta2) * (g * g - v32)
-        p32 = wide(tl.load(values + i, mask=i < L, other=0)) - lr * (m32 / correct1) / (tl.sqrt(v32 / correct2) + eps)
-        r0, r1, r2, _ = tl.randint4x(seed, i)
-        tl.store(values + i, narrow(p32, r0), mask=i < L)
-        tl.store(m + i, narrow(m32, r1), mask=i < L)
-        tl.store(v + i, narrow(v32, r2), mask=i < L)
-        tl.store(grad_sum + i, tl.zeros((BLOCK,), tl.float32), mask=i < L)
+        p32 = wide(tl.load(values + i, mask=here, other=0)) - lr * (m32 / correct1) / (tl.sqrt(v32 / correct2) + eps)
+        r0, r1, r2, _ = tl.randint4x(seed, s[:, None] * D + (first + d)[None, :])  # by the place in the whole table
+        tl.store(values + i, narrow(p32, r0), mask=here)
+        tl.store(m + i, narrow(m32, r1), mask=here)
+        tl.store(v + i, narrow(v32, r2), mask=here)
+        tl.store(grad_sum + i, tl.zeros((BLOCK_S, BLOCK_W), tl.float32), mask=here)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ embeddings, flash attention through scaled_dot_product_attention). Which block g
 
 B, T, C batch, tokens, channels · nh attention heads of size hs, C = nh*hs · V vocabulary · S, D slots and dim of the memory table
 """
+import functools
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from memory import MemoryTable, ProductKeyMemory, TableAdamW
+from memory import MemoryTable, ProductKeyMemory, TableAdamW, columns
 
 
 @dataclass
@@ -125,13 +126,14 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, mesh=None):
+        """mesh: over several ranks, the DeviceMesh ("replica", "slice") of parallel memory (memory.MemoryTable)."""
         super().__init__()
         self.config = config.check()
         C = config.n_embd
         layers = config.mem_layers if config.ffn == "memory" else ()
         n_tables = min(len(layers), 1) if config.mem_share else len(layers)
-        self.tables = nn.ModuleList(MemoryTable(config.mem_n_keys, config.mem_value_dim or C, getattr(torch, config.mem_dtype))
+        self.tables = nn.ModuleList(MemoryTable(config.mem_n_keys, config.mem_value_dim or C, getattr(torch, config.mem_dtype), mesh)
                                     for _ in range(n_tables))
         table_of = {layer: self.tables[0 if config.mem_share else i] for i, layer in enumerate(layers)}
         self.wte = nn.Embedding(config.vocab_size, C)
@@ -148,12 +150,12 @@ class GPT(nn.Module):
     def init_weights(self):
         """embedding N(0, 0.02) · matrices N(0, 1/sqrt(inputs)), those that write to the residual stream over sqrt(2 * n_layer) (nanoGPT) ·
         half-keys U(+-1/sqrt(key dim)) · values N(0, 1/sqrt(D)) (arXiv 2412.09764) · norms 1."""
+        for table in self.tables:
+            table.init_weights(std=table.value_dim ** -0.5)                 # (S, D)
         for name, p in self.named_parameters():
             if name.endswith("half_keys"):
                 p.uniform_(-1, 1).mul_((2 * p.shape[-1]) ** -0.5)           # (2, H, n, d)
-            elif name.endswith("values"):
-                p.normal_(std=p.shape[-1] ** -0.5)                          # (S, D)
-            elif p.dim() == 2:
+            elif p.dim() == 2 and not name.endswith("values"):
                 p.normal_(std=0.02 if name.startswith("wte") else p.shape[1] ** -0.5)
                 if name.endswith(("proj.weight", "out.weight")):
                     p.div_((2 * self.config.n_layer) ** 0.5)
@@ -182,7 +184,7 @@ class GPT(nn.Module):
         if targets is None:
             return self.head(x[:, -1:]), None                               # (B, 1, V)
         logits = self.head(x)                                               # (B, T, V)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
+        loss = F.cross_entropy(logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten(), reduction=reduction)
         return logits, loss if reduction == "mean" else loss.view(B, T)
 
     @torch.no_grad()
@@ -222,37 +224,42 @@ class GPT(nn.Module):
         return torch.cat(right).numpy(), torch.cat(nats).double().numpy()
 
     @classmethod
-    def load(cls, folder, device="cpu"):
-        """The run folder of train.py -> (GPT, checkpoint: model, optimizer, step, seconds, settings). Raises ValueError with one clear
-        line when there is no checkpoint, or one that is broken or another program's."""
+    def load(cls, folder, device="cpu", mesh=None):
+        """The run folder of train.py -> (GPT, checkpoint: model, optimizer, tables, step, seconds, settings). The tables may have been saved
+        whole or in any number of slices (they stay in the files until they are used); with a mesh, the GPT holds this rank's dims of them.
+        Raises ValueError with one clear line when there is no checkpoint, or one that is broken or another program's."""
         path = Path(folder) / "ckpt.pt"
         if not path.exists():
             raise ValueError(f"{path} does not exist: give the folder of a run that has saved a checkpoint")
         try:
             # mapped, so that who does not use the optimizer's part does not read it; Windows cannot replace a mapped file
-            state = torch.load(path, map_location=device, weights_only=True, mmap=sys.platform != "win32")
+            read = functools.partial(torch.load, map_location=device, weights_only=True, mmap=sys.platform != "win32")
+            state = read(path)
             config = {f.name: state["settings"][f.name] for f in fields(GPTConfig)}
-            model = cls(GPTConfig(**config | {"mem_layers": tuple(config["mem_layers"])}))
-            model.load_state_dict(state["model"])
+            model = cls(GPTConfig(**config | {"mem_layers": tuple(config["mem_layers"])}), mesh)
+            saved = [read(path.with_name(name))["tables"] for name in state["slices"]] or [state["tables"]]
+            state["tables"] = [{k: [s[i][k] for s in saved] for k in saved[0][i]} for i in range(len(model.tables))]
+            values = {f"tables.{i}.values": columns(t["values"], model.tables[i].dims) for i, t in enumerate(state["tables"])}
+            model.load_state_dict(state["model"] | values)
             state["step"], state["optimizer"]
+        except FileNotFoundError as e:
+            raise ValueError(f"{e.filename} is missing: {path} and the slices of the table belong together, bring them into one folder") from None
         except Exception as e:  # a foreign or broken file can raise anything
             raise ValueError(f"{path} is not a whole checkpoint of this program ({type(e).__name__}): train anew in another folder") from None
         return model.to(device), state
 
     def make_optimizers(self, s):
-        """AdamW in groups that add up to the model: matrices (decayed), the rest (not), the memory's values (own rate, not; in bfloat16 they
-        have an optimizer of their own) -> [optimizers], the float32 values, all other parameters but bfloat16 values."""
-        values, lean = [t.values for t in self.tables if t.values.requires_grad], [t for t in self.tables if not t.values.requires_grad]
+        """AdamW in groups that add up to the model: matrices (decayed) and the rest (not); for the memory's values an optimizer of their own
+        (own rate, not decayed, clipped apart) -> [AdamW, and with memory TableAdamW], the parameters of the first."""
         matrices = [p for n, p in self.named_parameters() if p.dim() == 2 and not n.startswith("wte") and not n.endswith(".values")]
         rest = [p for n, p in self.named_parameters() if n.startswith("wte") or (p.dim() != 2)]
-        assert len(values) + len(lean) + len(matrices) + len(rest) == len(list(self.parameters()))
-        groups = [dict(params=matrices, peak=s.learning_rate, weight_decay=s.weight_decay), dict(params=rest, peak=s.learning_rate),
-                  dict(params=values, peak=s.value_lr)]
-        optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], lr=s.learning_rate, betas=(s.beta1, s.beta2), weight_decay=0.0,
+        assert len(self.tables) + len(matrices) + len(rest) == len(list(self.parameters()))
+        groups = [dict(params=matrices, peak=s.learning_rate, weight_decay=s.weight_decay), dict(params=rest, peak=s.learning_rate)]
+        optimizers = [torch.optim.AdamW(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2), weight_decay=0.0,
                                         fused=self.wte.weight.device.type in ("cpu", "cuda"))]
-        if lean:
-            optimizers.append(TableAdamW(lean, s.value_lr, (s.beta1, s.beta2), s.grad_clip))
-        return optimizers, values, matrices + rest
+        if self.tables:
+            optimizers.append(TableAdamW(list(self.tables), s.value_lr, (s.beta1, s.beta2), s.grad_clip))
+        return optimizers, matrices + rest
 
     def param_counts(self):
         """Parameters by what they do: embedding, dense, half_keys, values, their total, and active: those that one token uses (a memory
@@ -260,9 +267,9 @@ class GPT(nn.Module):
         counts = dict.fromkeys(("embedding", "dense", "half_keys", "values"), 0)
         for name, p in self.named_parameters():
             kind = "embedding" if name.startswith("wte") else name.split(".")[-1] if name.endswith(("half_keys", "values")) else "dense"
-            counts[kind] += p.numel()
+            counts[kind] += p.numel() * (self.tables[0].parts if kind == "values" else 1)
         counts["total"] = sum(counts.values())
-        reads = sum(m.heads * m.topk * m.tables[0].values.shape[1] for _, m in self.memories())
+        reads = sum(m.heads * m.topk * m.tables[0].value_dim for _, m in self.memories())
         counts["active"] = counts["total"] - counts["values"] + min(reads, counts["values"])
         return counts
 
@@ -272,7 +279,7 @@ class GPT(nn.Module):
         number read from the table: R rows of D, however large the table is."""
         c, counts = self.config, self.param_counts()
         matrices = sum(p.numel() for n, p in self.named_parameters() if p.dim() == 2 and not n.endswith("values"))
-        reads = sum(m.heads * m.topk * m.tables[0].values.shape[1] for _, m in self.memories())
+        reads = sum(m.heads * m.topk * m.tables[0].value_dim for _, m in self.memories())
         return 6 * (matrices + counts["half_keys"] + reads) + 12 * c.n_layer * c.block_size * c.n_embd
 
 

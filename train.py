@@ -13,11 +13,13 @@ Batches are a function of (seed, step) alone and dropout is seeded by (seed, ste
 """
 import argparse, contextlib, dataclasses, hashlib, inspect, json, math, os, platform, re, shutil, signal, subprocess, sys, time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 import prepare_data
 from kernel import describe_backend
@@ -45,6 +47,7 @@ class Settings(GPTConfig):
     eval_every: int = 1000      # steps between evaluations and checkpoints
     eval_windows: int = 2048    # validation windows per evaluation
     device: str = "auto"        # auto | cpu | cuda | mps
+    mem_parallel: int = 0       # ranks that share a table, each holding some of its dims; 0: all ranks; 1: each holds the whole
     compile: bool = None        # torch.compile; default: with CUDA
     profile: bool = False       # print where the time of 20 steps goes, operation by operation, and stop
 
@@ -60,7 +63,7 @@ PRESETS = {  # what a preset changes in Settings; a name that starts with facts 
                         beta2=0.95, warmup_steps=700, log_every=10, eval_every=500, eval_windows=1024),
 }
 FACTS = {"facts": dict(people=8000, documents=640_000), "facts-gpu": dict(people=100_000, documents=8_192_000)}
-MAY_CHANGE = {"device", "compile", "micro_batch_size", "log_every", "data"}  # on --resume: nothing that changes the run
+MAY_CHANGE = {"device", "compile", "micro_batch_size", "log_every", "data", "mem_parallel"}  # on --resume: nothing that changes the run
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}  # bf16, dense
 
 
@@ -147,6 +150,10 @@ def fit_to_data(s, world):
     micro = s.micro_batch_size or s.batch_size // world
     if micro < 1 or s.batch_size % (micro * world):
         raise Trouble(f"--batch-size {s.batch_size} does not divide into {world} rank(s) x --micro-batch-size {micro}: change one of them")
+    if s.ffn == "memory":
+        P, D = s.mem_parallel or world, s.mem_value_dim or s.n_embd
+        if P < 1 or world % P or D % P:
+            raise Trouble(f"--mem-parallel {P}: a table of {D} dims cannot be shared so by {world} rank(s): choose a number that divides both, 1 always does")
     try:
         s.check()
     except ValueError as e:  # it speaks of mem_topk, the user of --mem-topk
@@ -195,8 +202,10 @@ class Loader:
 # ---- what the model knows
 
 def split(n, rank, world):
-    """This rank's part of range(n)."""
-    return range(n * rank // world, n * (rank + 1) // world)
+    """This rank's part of range(n), and how many of it count: parts are equally long, since ranks that share a table read it together, so
+    that at the end of the range numbers repeat."""
+    each = -(-n // world)
+    return np.minimum(np.arange(rank * each, (rank + 1) * each), n - 1), min(max(n - rank * each, 0), each)
 
 
 def sum_over_ranks(t):
@@ -210,12 +219,13 @@ def evaluate(model, loader, count, ctx, rank=0, world=1):
     """Mean loss in nats per token over count windows, evenly spread over the validation set; the same ones every time."""
     model.eval()
     device, count = next(model.parameters()).device, min(count, loader.windows)
-    mine = [i * loader.windows // count for i in split(count, rank, world)]
+    mine, real = split(count, rank, world)                                  # (mine,), numbers of windows among count
     total = 0.0
     for i in range(0, len(mine), 64):
-        x, y = loader.window(mine[i:i + 64])                                # (b, T) both
+        x, y = loader.window(mine[i:i + 64] * loader.windows // count)      # (b, T) both
         with ctx:
-            total += model(x.to(device), y.to(device))[1].item() * len(x)
+            loss = model(x.to(device), y.to(device), reduction="none")[1]   # (b, T)
+        total += loss.mean(dim=1)[:max(real - i, 0)].sum().item()
     model.train()
     return sum_over_ranks(torch.tensor(total, device=device)).item() / count
 
@@ -225,11 +235,12 @@ def ask_facts(model, facts, meta, read, rank=0, world=1, count=None):
     """What the model knows of the facts corpus after reading a `read` share of it. With count: recall alone, over that many facts."""
     known = np.flatnonzero(~facts["control"])
     chosen = np.random.default_rng(0).permutation(known)[:count] if count else np.arange(len(facts["control"]))
-    mine = chosen[split(len(chosen), rank, world)]
+    part, real = split(len(chosen), rank, world)
+    mine = chosen[part]                                                     # (mine,)
 
     def everywhere(x):  # (mine,) -> (F,): each rank fills in its part, the sum is the whole
         whole = np.zeros(len(facts["control"]), np.float32)
-        whole[mine] = x
+        whole[mine[:real]] = x[:real]
         return sum_over_ranks(torch.from_numpy(whole).to(model.wte.weight.device)).cpu().numpy().astype(float)
     right, nats = map(everywhere, model.answer(facts["seen"][mine], facts["seen_span"][mine]))
     if count:
@@ -253,10 +264,25 @@ def schedule(step, s):
     return min(1, (step + 1) / max(s.warmup_steps, 1)) * (1 - step / s.max_steps)
 
 
-def save(path, model, optimizers, step, seconds, s):
-    """Tensors and plain types alone, so that it loads with weights_only=True."""
-    state = dict(model=model.state_dict(), optimizer=[o.state_dict() for o in optimizers], step=step, seconds=seconds, settings=dataclasses.asdict(s))
-    write_whole(path, lambda part: torch.save(state, part))
+def save(out, model, optimizers, step, seconds, s):
+    """Tensors and plain types alone, so that it loads with weights_only=True. Slices of a table are written by the ranks that hold them,
+    before ckpt.pt names them: whenever a run is killed, ckpt.pt and the files it names are whole."""
+    rank, parts = (dist.get_rank(), model.tables[0].parts if model.tables else 1) if dist.is_initialized() else (0, 1)
+    names = [f"ckpt-{step}-{i}of{parts}.pt" for i in range(parts)] if parts > 1 else []
+    tables = dict(tables=optimizers[1].slices() if model.tables else [])
+    if rank < len(names):
+        write_whole(out / names[rank], lambda part: torch.save(tables, part))
+    if names:
+        dist.barrier()
+    if rank == 0:
+        dense = {k: v for k, v in model.state_dict().items() if not k.endswith(".values")}
+        state = dict(model=dense, optimizer=optimizers[0].state_dict(), slices=names, step=step, seconds=seconds, settings=dataclasses.asdict(s))
+        write_whole(out / "ckpt.pt", lambda part: torch.save(state if names else state | tables, part))
+        for old in out.glob("ckpt-*"):
+            if old.name not in names:
+                old.unlink()
+    if dist.is_initialized():
+        dist.barrier()  # nobody goes on or leaves while another still writes
 
 
 # ---- the run folder, what is printed and drawn of it
@@ -396,7 +422,7 @@ def choose_device(s, world):
     if s.ffn == "memory" and s.mem_dtype != "float32" and device == "mps":
         raise Trouble(f"--mem-dtype {s.mem_dtype} does not train on mps: use float32 there, or --device cpu")
     if world > 1:
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(minutes=10))
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
@@ -405,10 +431,10 @@ def choose_device(s, world):
     return device
 
 
-def restore(out, meta, s, device):
+def restore(out, meta, s, device, mesh):
     """The checkpoint of a run that is to go on -> (model, checkpoint)."""
     try:
-        model, state = GPT.load(out, device)
+        model, state = GPT.load(out, device, mesh)
     except ValueError as e:
         raise Trouble(str(e)) from None
     if read_json(out / "meta.json", "start another run with --out-dir")["sha256"] != meta["sha256"]:
@@ -437,16 +463,21 @@ def train(s, preset, resume):
     torch.set_float32_matmul_precision("high")
     ctx = torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext()
     resume = resume and (out / "ckpt.pt").exists()  # a run that died before its first checkpoint starts again
-    model, state = restore(out, meta, s, device) if resume else (GPT(s).to(device), dict(step=0, seconds=0.0))
-    optimizers, values, others = model.make_optimizers(s)
+    P, mesh = s.mem_parallel or world, None
+    if world > 1:
+        mesh = init_device_mesh(device.split(":")[0], (world // P, P), mesh_dim_names=("replica", "slice"))
+    model, state = restore(out, meta, s, device, mesh) if resume else (GPT(s, mesh).to(device), dict(step=0, seconds=0.0))
+    optimizers, others = model.make_optimizers(s)
     if resume:
-        for optimizer, saved in zip(optimizers, state["optimizer"]):
-            optimizer.load_state_dict(saved)
+        optimizers[0].load_state_dict(state["optimizer"])
+        if model.tables:
+            optimizers[1].load(state.pop("tables"), state["step"])
     step, seconds, counts, flops = state["step"], state["seconds"], model.param_counts(), model.flops_per_token()
     use_compile = cuda if s.compile is None else s.compile
     net = torch.compile(model) if use_compile else model
     if world > 1:
-        net = torch.nn.parallel.DistributedDataParallel(net, device_ids=[device] if cuda else None, broadcast_buffers=False)
+        net = torch.nn.parallel.DistributedDataParallel(net, device_ids=[device] if cuda else None, broadcast_buffers=False,
+                                                        init_sync=False)  # all ranks made, or loaded, the same; of a table each its part
     micro = s.micro_batch_size or s.batch_size // world
     accumulate, mine = s.batch_size // (micro * world), np.array_split(np.arange(s.batch_size), world)[rank]
     tokens_per_step, read = s.batch_size * s.block_size, s.batch_size / loader.windows  # read: share of the corpus in a step
@@ -460,9 +491,9 @@ def train(s, preset, resume):
         + f" = {counts['total']:,}, active {counts['active']:,} · {flops:,} FLOPs per token\ndata: {s.data}, {len(loader.tokens):,} tokens; "
         f"{s.max_steps} steps of {tokens_per_step:,} read it {s.max_steps * read:.2f} times" + (f" · resumed at step {step}" if resume else ""))
 
-    stop = []  # first Ctrl-C: finish the step, save, leave; second: leave
+    stop = []  # first Ctrl-C: finish the step, save, leave; second: leave. torchrun passes the first on, so that ranks get it twice at once
     for sig in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sig, lambda number, frame: os._exit(130) if stop else stop.append(number))
+        signal.signal(sig, lambda *_: os._exit(130) if stop and time.monotonic() > stop[0] + 3 else stop.append(time.monotonic()))
     first, since, mark, timed_steps, timed_seconds = step, step, time.perf_counter(), 0, 0.0
     while step < s.max_steps:
         last = step + 1 == s.max_steps
@@ -482,13 +513,9 @@ def train(s, preset, resume):
                     part = net(x, y)[1] / accumulate
                 part.backward()
             loss += part.detach()
-        norm = value_norm = torch.nn.utils.clip_grad_norm_(others, s.grad_clip)
-        if values:
-            value_norm = torch.nn.utils.clip_grad_norm_(values, s.grad_clip)
-        for optimizer in optimizers:
-            table_norm = optimizer.step()  # a table's own optimizer clips on the way, and says the norm
-            value_norm = value_norm if table_norm is None else table_norm
-            optimizer.zero_grad(set_to_none=True)
+        norm = torch.nn.utils.clip_grad_norm_(others, s.grad_clip)
+        norms = [norm] + [optimizer.step() for optimizer in optimizers][1:]  # a table's optimizer clips by itself and says the norm
+        optimizers[0].zero_grad(set_to_none=True)
         step += 1
         if s.profile and step == first + 10:
             profiler = torch.profiler.profile()
@@ -501,7 +528,7 @@ def train(s, preset, resume):
             continue  # nothing below is needed, and nothing above waits for the device
 
         loss = sum_over_ranks(loss) / world
-        if not torch.isfinite(loss + norm + value_norm):
+        if not torch.isfinite(loss + sum(norms)):
             raise Trouble(f"the loss is {loss.item():.3g} and the gradient norm {norm.item():.3g} at step {step}: lower --learning-rate "
                           f"{s.learning_rate} or --value-lr {s.value_lr}; the last good checkpoint, if one was saved, is in {out}")
         halt = sum_over_ranks(torch.tensor(float(len(stop)), device=device)).item() > 0 and not last
@@ -526,8 +553,8 @@ def train(s, preset, resume):
         if rank == 0 and log_now:
             with open(out / "log.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps(line) + "\n")
-        if rank == 0 and (eval_now or halt) and not last:
-            save(out / "ckpt.pt", model, optimizers, step, seconds, s)
+        if (eval_now or halt) and not last:
+            save(out, model, optimizers, step, seconds, s)
         if halt:
             say(f"stopped at step {step} and saved: go on with --resume --out-dir {out}")
             return 130
@@ -539,10 +566,9 @@ def train(s, preset, resume):
     if rank == 0:
         write_json(out / "result.json", result)
         draw([out], out / "curves.png")
-        save(out / "ckpt.pt", model, optimizers, step, seconds, s)  # the last thing: a run that died before it finishes again on --resume
+    save(out, model, optimizers, step, seconds, s)  # the last thing: a run that died before it finishes again on --resume
+    if rank == 0:
         say(report(result) + f"\nsaved in {out}: ckpt.pt, result.json, curves.png")
-    if world > 1:
-        dist.barrier()  # nobody leaves while rank 0 still writes
     return 0
 
 
@@ -554,9 +580,11 @@ def main(argv=None):
         message = f"out of memory ({str(e).splitlines()[0]}): lower --micro-batch-size, --block-size or --mem-n-keys"
     except (Trouble, OSError) as e:
         message = str(e)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except RuntimeError as e:
+        if not (isinstance(e, dist.DistError) or "gloo" in str(e)):
+            raise
+        message = (f"rank {os.environ['RANK']} lost the others, one of them has stopped ({str(e).splitlines()[0][:200]}): start all again with --resume "
+                   f"and the same --out-dir, the run goes on from its last checkpoint")
     print("train.py: " + " ".join(message.split()), file=sys.stderr)
     return 1
 

@@ -144,8 +144,12 @@ def check_adamw(device):
     m32, v32 = 0.9 * m.float() + 0.1 * (0.5 * g), 0.99 * v.float() + 0.01 * (0.5 * g).square()
     p32 = p.float() - 1e-2 * (m32 / (1 - 0.9**7)) / ((v32 / (1 - 0.99**7)).sqrt() + 1e-8)
     p, g, m, v = (x.to(device) for x in (p, g, m, v))
+    slices = [[x[:, dims].contiguous() for x in (p, g, m, v)] for dims in (slice(0, 20), slice(20, 100))]
     kernel.adamw_(p, g, m, v, 7, 1e-2, 0.9, 0.99, scale=0.5)
     assert (g == 0).all()
+    for first, part in zip((0, 20), slices):                                # in slices, the same bits
+        kernel.adamw_(*part, 7, 1e-2, 0.9, 0.99, scale=0.5, columns=(first, 100))
+        assert all(torch.equal(x, y[:, first:first + x.shape[1]]) for x, y in zip(part, (p, g, m, v)))
     for got, want in ((p, p32), (m, m32), (v, v32)):
         off = (got.cpu().float() - want) / want.abs()
         assert off.abs().max() <= 2**-7 and abs(off.mean()) < 5 * 2**-8 / 3000**0.5 and off.abs().max() > 2**-9, off.abs().max()
@@ -468,7 +472,8 @@ if kernel.triton is not None:
         BUILDS[f"topk {number}"] = ("topk_sums_kernel", f"*{number} *i64 *fp32 *i64 i32 i32 i32 i32",
                                     dict(BLOCK_N=256, BLOCK_K=32, BLOCK_M=128), 1, 2, 128)
     BUILDS["topk backward"] = ("topk_sums_backward_kernel", "*fp32 *i64 *fp32 i32 i32 i32", dict(BLOCK_N=1024), 1, 8, 128)
-    BUILDS["adamw"] = ("adamw_kernel", "*i16 *i16 *i16 *fp32 *fp32 i32 fp32 fp32 fp32 fp32 fp32 fp32 i32", dict(BLOCK=1024), 4, 10, 128)
+    BUILDS["adamw"] = ("adamw_kernel", "*i16 *i16 *i16 *fp32 *fp32 i32 i32 i32 i32 fp32 fp32 fp32 fp32 fp32 fp32 i32",
+                       dict(BLOCK_S=1, BLOCK_W=1024), 4, 10, 128)
 
 
 @pytest.mark.parametrize("arch", [80, 90])

@@ -417,7 +417,9 @@ def test_answer_drops_nothing_out():
 
 def save(gpt, folder, **changes):
     settings = dataclasses.asdict(gpt.config) | dict(seed=7)                # settings of the training ride along
-    torch.save(dict(model=gpt.state_dict(), settings=settings, optimizer={}, step=3, seconds=1.0) | changes, folder / "ckpt.pt")
+    dense = {k: v for k, v in gpt.state_dict().items() if not k.endswith(".values")}
+    torch.save(dict(model=dense, tables=[dict(values=t.values.detach()) for t in gpt.tables], slices=[], settings=settings, optimizer={}, step=3,
+                    seconds=1.0) | changes, folder / "ckpt.pt")
 
 
 @each_kind

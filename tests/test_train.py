@@ -38,7 +38,8 @@ def whole(data, tmp_path_factory):
 
 
 def weights(out):
-    return torch.load(out / "ckpt.pt", weights_only=True)["model"]
+    state = GPT.load(out)[1]
+    return state["model"] | {f"tables.{i}.{k}": torch.cat(v, dim=1) for i, table in enumerate(state["tables"]) for k, v in table.items()}
 
 
 def logged(out):
@@ -103,13 +104,12 @@ def test_schedule():
 def test_optimizer_groups_add_up(whole):
     model, state = GPT.load(whole)
     s = train.Settings(learning_rate=1e-3, value_lr=7e-3)
-    (optimizer,), values, others = model.make_optimizers(s)
-    grouped = [p for g in optimizer.param_groups for p in g["params"]]
-    assert len({id(p) for p in grouped}) == len(grouped) == len(list(model.parameters())) == len(values) + len(others)
-    assert len(values) == 1 and values[0] is model.tables[0].values
-    by_peak = {g["peak"]: g for g in optimizer.param_groups if g["weight_decay"] == 0}
-    assert by_peak[7e-3]["params"][0] is values[0]
-    decayed = next(g for g in optimizer.param_groups if g["weight_decay"])
+    (dense, tables), others = model.make_optimizers(s)
+    grouped = [p for o in (dense, tables) for g in o.param_groups for p in g["params"]]
+    assert len({id(p) for p in grouped}) == len(grouped) == len(list(model.parameters())) == 1 + len(others)
+    (group,) = tables.param_groups
+    assert group["params"][0] is model.tables[0].values and group["peak"] == 7e-3 and group["weight_decay"] == 0
+    decayed = next(g for g in dense.param_groups if g["weight_decay"])
     assert {id(p) for p in decayed["params"]} == {id(p) for n, p in model.named_parameters() if p.dim() == 2 and "wte" not in n and "values" not in n}
 
 
