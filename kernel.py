@@ -437,8 +437,7 @@ def adamw_(values, grad_sum, m, v, step, lr, beta1, beta2, scale=1.0, eps=1e-8, 
     (S, W), scale = values.shape, torch.as_tensor(scale, dtype=torch.float32, device=values.device)
     first, D = columns or (0, W)
     if uses_triton(values.device):
-        block_w = min(triton.next_power_of_2(W), 1024)
-        block_s = 1024 // block_w
+        block_s, block_w = max(1024 // triton.next_power_of_2(W), 1), min(triton.next_power_of_2(W), 1024)
         adamw_kernel[(triton.cdiv(S, block_s), triton.cdiv(W, block_w))](
             *(x.view(torch.int16) for x in (values, m, v)), grad_sum, scale, S, W, first, D, lr, beta1, beta2, eps, 1 - beta1**step, 1 - beta2**step,
             step, block_s, block_w)
@@ -510,17 +509,14 @@ def check(device, dtype):
 def milliseconds(call, inputs, device, before=lambda: None, seconds=0.5):
     """Median and quartiles of call(*inputs[i]) in ms; inputs rotate, so that no cache holds the rows from the last time. before() is
     called ahead of each, untimed."""
-    times, begin, i = [], time.perf_counter(), 0
+    times, begin, wait = [], time.perf_counter(), torch.cuda.synchronize if device == "cuda" else lambda: None
     while len(times) < 8 or (time.perf_counter() - begin < seconds and len(times) < 200):
         before()
-        if device == "cuda":
-            torch.cuda.synchronize()
+        wait()
         t = time.perf_counter()
-        call(*inputs[i % len(inputs)])
-        if device == "cuda":
-            torch.cuda.synchronize()
+        call(*inputs[len(times) % len(inputs)])
+        wait()
         times.append(1e3 * (time.perf_counter() - t))
-        i += 1
     low, middle, high = statistics.quantiles(times[3:], n=4)  # the first calls compile and warm up
     return middle, low, high
 
@@ -586,7 +582,7 @@ def main():
     N, R, dims, slots = (16384, 128, (256, 768, 1024), (2**16, 2**20, 2**22)) if gpu else (1024, 128, (64, 128, 512), (2**14, 2**16, 2**18))
     curves = {}
     for dtype in dtypes if gpu else (torch.float32,):
-        for S, D, hot in [(slots[1], D, False) for D in dims] + [(S, dims[-1], False) for S in slots] + [(slots[1], dims[-1], True)]:
+        for S, D, hot in dict.fromkeys([(slots[1], D, False) for D in dims] + [(S, dims[-1], False) for S in slots] + [(slots[1], dims[-1], True)]):
             for way, rate in measure(S, D, N, R, device, dtype, copy_rate, hot).items():
                 if not hot:
                     curves.setdefault(f"{way}, {str(dtype)[6:]}", {})[S, D] = rate
@@ -597,19 +593,15 @@ def main():
         row("ours", lambda s: topk_sums(s, 32), scores, device, moved, copy_rate)
         row("torch.topk", lambda s: topk_sums_reference(s, 32), scores, device, moved, copy_rate)
     S, D = slots[1], dims[1]
-    table = [torch.randn(S, D, device=device) for _ in range(4)]                                # (S, D) each: values, gradient, m, v
+    values, grad, m, v = (torch.randn(S, D, device=device) for _ in range(4))                   # (S, D) each
     print(f"AdamW on a table of {S} x {D}")
-    optimizer = torch.optim.AdamW([table[0]], fused=True)
-    table[0].grad = table[1]
-    row("torch.optim, float32, fused", optimizer.step, [()], device, 28 * S * D, copy_rate)
-    rows = torch.randint(S, (N * R,), device=device).unique()                                   # what a step reads
-    lazy, grad = torch.optim.SparseAdam([table[0]]), torch.sparse_coo_tensor(rows[None], table[1][rows], (S, D), is_coalesced=True)
-    table[0].grad = grad
-    row(f"torch.optim.SparseAdam, the {len(rows) / S:.0%} of rows read", lazy.step, [()], device, 28 * len(rows) * D, copy_rate)
-    table[0].grad = None
-    p, m, v = (x.bfloat16() for x in (table[0], table[2], table[3].abs()))
-    row("ours, bfloat16, rounded randomly", lambda: adamw_(p, table[1], m, v, 10, 1e-3, 0.9, 0.99), [()], device, 20 * S * D, copy_rate,
-        before=table[1].normal_)
+    values.grad = grad
+    row("torch.optim, float32, fused", torch.optim.AdamW([values], fused=True).step, [()], device, 28 * S * D, copy_rate)
+    rows = torch.randint(S, (N * R,), device=device).unique()                                   # those that a step reads
+    values.grad = torch.sparse_coo_tensor(rows[None], grad[rows], (S, D), is_coalesced=True)
+    row(f"torch.optim.SparseAdam, the {len(rows) / S:.0%} of rows read", torch.optim.SparseAdam([values]).step, [()], device, 28 * len(rows) * D, copy_rate)
+    p, m, v = values.bfloat16(), m.bfloat16(), v.abs().bfloat16()
+    row("ours, bfloat16, rounded randomly", lambda: adamw_(p, grad, m, v, 10, 1e-3, 0.9, 0.99), [()], device, 20 * S * D, copy_rate, before=grad.normal_)
     if args.plot:
         import matplotlib
         matplotlib.use("Agg")

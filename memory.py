@@ -81,7 +81,7 @@ class Exchange(torch.autograd.Function):
 
 
 def parallel_bytes(N, R, D, P, number=4):
-    """Bytes that each rank sends (and receives) for one memory layer in one training step, parallel memory (arXiv 2412.09764, 2.3).
+    """Bytes that each rank sends (and receives) for one memory layer in one training step, parallel memory (arXiv 2412.09764).
 
     N tokens of each rank, R reads per token, P ranks; values and activations of `number` bytes. To P - 1 peers: forward N*R slots
     (int32) and weights (float32), and N outputs of D/P numbers; backward N grad_y of D/P numbers and N*R weights' gradients (float32).

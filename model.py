@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -247,6 +248,27 @@ class GPT(nn.Module):
         except Exception as e:  # a foreign or broken file can raise anything
             raise ValueError(f"{path} is not a whole checkpoint of this program ({type(e).__name__}): train anew in another folder") from None
         return model.to(device), state
+
+    def save(self, folder, optimizers, write, step, seconds, settings):
+        """Write the checkpoint that load() reads; called on all ranks. Tensors and plain types alone, so that it loads with weights_only=True.
+        Slices of a table are written by the ranks that hold them, before ckpt.pt names them: whenever a run is killed, ckpt.pt and the files
+        it names are whole. write(path, f): calls f(another path) and renames that to path."""
+        rank, parts = dist.get_rank() if dist.is_initialized() else 0, max([table.parts for table in self.tables], default=1)
+        names = [f"ckpt-{step}-{i}of{parts}.pt" for i in range(parts)] if parts > 1 else []
+        tables = dict(tables=optimizers[1].slices() if self.tables else [])
+        if rank < len(names):
+            write(folder / names[rank], lambda part: torch.save(tables, part))
+        if names:
+            dist.barrier()
+        if rank == 0:
+            dense = {k: v for k, v in self.state_dict().items() if not k.endswith(".values")}
+            state = dict(model=dense, optimizer=optimizers[0].state_dict(), slices=names, step=step, seconds=seconds, settings=settings)
+            write(folder / "ckpt.pt", lambda part: torch.save(state if names else state | tables, part))
+            for old in folder.glob("ckpt-*"):
+                if old.name not in names:
+                    old.unlink()
+        if dist.is_initialized():
+            dist.barrier()  # nobody goes on or leaves while another still writes
 
     def make_optimizers(self, s):
         """AdamW in groups that add up to the model: matrices (decayed) and the rest (not); for the memory's values an optimizer of their own

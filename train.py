@@ -11,7 +11,7 @@ Train a GPT, dense or with memory layers, and say what it learned.
 A run folder out/<run> holds config.json, log.jsonl, ckpt.pt, curves.png, at the end result.json, and what sample.py needs of the data.
 Batches are a function of (seed, step) alone and dropout is seeded by (seed, step, rank), so a resumed run is the run that never stopped.
 """
-import argparse, contextlib, dataclasses, hashlib, inspect, json, math, os, platform, re, shutil, signal, subprocess, sys, time
+import argparse, contextlib, dataclasses, hashlib, inspect, json, math, os, platform, re, shutil, signal, subprocess, sys, time, warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -109,9 +109,9 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def read_json(path, way_out):
+def read_json(path, way_out, parse=json.loads):
     try:
-        return json.loads(Path(path).read_text("utf-8"))
+        return parse(Path(path).read_text("utf-8"))
     except (OSError, ValueError) as e:
         raise Trouble(f"cannot read {path} ({type(e).__name__}): {way_out}") from None
 
@@ -150,10 +150,9 @@ def fit_to_data(s, world):
     micro = s.micro_batch_size or s.batch_size // world
     if micro < 1 or s.batch_size % (micro * world):
         raise Trouble(f"--batch-size {s.batch_size} does not divide into {world} rank(s) x --micro-batch-size {micro}: change one of them")
-    if s.ffn == "memory":
-        P, D = s.mem_parallel or world, s.mem_value_dim or s.n_embd
-        if P < 1 or world % P or D % P:
-            raise Trouble(f"--mem-parallel {P}: a table of {D} dims cannot be shared so by {world} rank(s): choose a number that divides both, 1 always does")
+    P, D = s.mem_parallel or world, s.mem_value_dim or s.n_embd
+    if s.ffn == "memory" and (P < 1 or world % P or D % P):
+        raise Trouble(f"--mem-parallel {P}: a table of {D} dims cannot be shared so by {world} rank(s): choose a number that divides both, 1 always does")
     try:
         s.check()
     except ValueError as e:  # it speaks of mem_topk, the user of --mem-topk
@@ -257,32 +256,11 @@ def ask_facts(model, facts, meta, read, rank=0, world=1, count=None):
                 recall_unseen_phrasing=unseen[known].mean(), bits_stored=bits, bits_per_param=bits / model.param_counts()["total"])
 
 
-# ---- schedule, checkpoint
+# ---- schedule
 
 def schedule(step, s):
     """Share of the peak rate at a step: linear warm-up, then a straight line to zero at max_steps."""
     return min(1, (step + 1) / max(s.warmup_steps, 1)) * (1 - step / s.max_steps)
-
-
-def save(out, model, optimizers, step, seconds, s):
-    """Tensors and plain types alone, so that it loads with weights_only=True. Slices of a table are written by the ranks that hold them,
-    before ckpt.pt names them: whenever a run is killed, ckpt.pt and the files it names are whole."""
-    rank, parts = (dist.get_rank(), model.tables[0].parts if model.tables else 1) if dist.is_initialized() else (0, 1)
-    names = [f"ckpt-{step}-{i}of{parts}.pt" for i in range(parts)] if parts > 1 else []
-    tables = dict(tables=optimizers[1].slices() if model.tables else [])
-    if rank < len(names):
-        write_whole(out / names[rank], lambda part: torch.save(tables, part))
-    if names:
-        dist.barrier()
-    if rank == 0:
-        dense = {k: v for k, v in model.state_dict().items() if not k.endswith(".values")}
-        state = dict(model=dense, optimizer=optimizers[0].state_dict(), slices=names, step=step, seconds=seconds, settings=dataclasses.asdict(s))
-        write_whole(out / "ckpt.pt", lambda part: torch.save(state if names else state | tables, part))
-        for old in out.glob("ckpt-*"):
-            if old.name not in names:
-                old.unlink()
-    if dist.is_initialized():
-        dist.barrier()  # nobody goes on or leaves while another still writes
 
 
 # ---- the run folder, what is printed and drawn of it
@@ -338,10 +316,7 @@ def read_run(folder):
     """A finished run -> (result.json, its kind: the settings without what may differ between runs of one experiment, log.jsonl)."""
     way_out = "give folders of finished runs, as out/NAME"
     r, settings = read_json(Path(folder) / "result.json", way_out), read_json(Path(folder) / "config.json", way_out)["settings"]
-    try:
-        log = [json.loads(x) for x in (Path(folder) / "log.jsonl").read_text("utf-8").splitlines()]
-    except (OSError, ValueError):
-        raise Trouble(f"cannot read {folder}/log.jsonl: {way_out}") from None
+    log = read_json(Path(folder) / "log.jsonl", way_out, lambda text: [json.loads(x) for x in text.splitlines()])
     return r, json.dumps({k: v for k, v in settings.items() if k not in ("seed", "out_dir", *MAY_CHANGE)}), log
 
 
@@ -351,12 +326,11 @@ def draw(folders, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     runs = {Path(f).name: read_run(f) for f in folders}
-    with_facts, kinds = all("recall" in r for r, _, _ in runs.values()), []
+    with_facts, kinds = all("recall" in r for r, _, _ in runs.values()), {}
     fig, axes = plt.subplots(1 + with_facts, 3, figsize=(15, 4 + 4 * with_facts), squeeze=False, constrained_layout=True)
     for name, (r, kind, log) in runs.items():
-        label = name if kind not in kinds else None
-        kinds += [kind] * (kind not in kinds)
-        style = dict(color=f"C{kinds.index(kind)}", marker="o", ms=3, alpha=0.8, label=label)
+        color, first = kinds.setdefault(kind, (f"C{len(kinds)}", name))
+        style = dict(color=color, marker="o", ms=3, alpha=0.8, label=name if name == first else None)
         evals = [x for x in log if "val_loss" in x]
         tokens, seconds = [x["tokens"] for x in evals], [x["seconds"] for x in evals]
         panels = [("tokens read", tokens, "val_loss"), ("training FLOPs", [t * r["flops_per_token"] for t in tokens], "val_loss"),
@@ -389,8 +363,7 @@ def compare(folders):
         groups.setdefault(kind, (Path(folder).name, []))[1].append(numbers)
     for name, numbers in groups.values():
         if len(numbers) > 1:
-            pairs = zip(np.mean(numbers, axis=0), np.std(numbers, axis=0, ddof=1))
-            print(f"{name + f', mean of {len(numbers)}':36s}" + "".join(f"{m:8.3f} ±{d:5.3f}" for m, d in pairs))
+            print(f"{name + f', mean of {len(numbers)}':36s}" + "".join(f"{np.mean(x):8.3f} ±{np.std(x, ddof=1):5.3f}" for x in zip(*numbers)))
     (first, base), *others = groups.values()
     for name, numbers in others:
         ratios = zip(columns, np.mean(numbers, axis=0), np.mean(base, axis=0))
@@ -450,8 +423,7 @@ def train(s, preset, resume):
     cuda, say = device.startswith("cuda"), print if rank == 0 else lambda *a, **k: None
     if rank == 0 and not resume and (out / "ckpt.pt").exists():
         raise Trouble(f"{out} holds a run already: go on with it by --resume, or start another with --out-dir out/NAME")
-    default = PRESETS[preset].get("data", Settings.data)
-    if rank == 0 and preset in FACTS and s.data == default and not (Path(s.data) / "meta.json").exists():
+    if rank == 0 and preset in FACTS and s.data == PRESETS[preset].get("data", Settings.data) and not (Path(s.data) / "meta.json").exists():
         prepare_data.make_facts(s.data, **FACTS[preset])
     if world > 1:
         dist.barrier()
@@ -463,9 +435,8 @@ def train(s, preset, resume):
     torch.set_float32_matmul_precision("high")
     ctx = torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext()
     resume = resume and (out / "ckpt.pt").exists()  # a run that died before its first checkpoint starts again
-    P, mesh = s.mem_parallel or world, None
-    if world > 1:
-        mesh = init_device_mesh(device.split(":")[0], (world // P, P), mesh_dim_names=("replica", "slice"))
+    P, several = s.mem_parallel or world, s.ffn == "memory" and world > 1
+    mesh = init_device_mesh(device.split(":")[0], (world // P, P), mesh_dim_names=("replica", "slice")) if several else None
     model, state = restore(out, meta, s, device, mesh) if resume else (GPT(s, mesh).to(device), dict(step=0, seconds=0.0))
     optimizers, others = model.make_optimizers(s)
     if resume:
@@ -476,6 +447,7 @@ def train(s, preset, resume):
     use_compile = cuda if s.compile is None else s.compile
     net = torch.compile(model) if use_compile else model
     if world > 1:
+        warnings.filterwarnings("ignore", "`broadcast_buffers`")  # torch 2.13 calls it otherwise, 2.9 does not
         net = torch.nn.parallel.DistributedDataParallel(net, device_ids=[device] if cuda else None, broadcast_buffers=False,
                                                         init_sync=False)  # all ranks made, or loaded, the same; of a table each its part
     micro = s.micro_batch_size or s.batch_size // world
@@ -499,8 +471,7 @@ def train(s, preset, resume):
         last = step + 1 == s.max_steps
         eval_now = last or (step + 1) % s.eval_every == 0
         log_now = eval_now or (step + 1) % s.log_every == 0
-        if s.dropout:
-            torch.manual_seed(hash((s.seed, step, rank)))
+        torch.manual_seed(hash((s.seed, step, rank)))  # for dropout
         for table in model.tables:
             table.count(log_now)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
@@ -524,7 +495,7 @@ def train(s, preset, resume):
             profiler.stop()
             say(profiler.key_averages().table(sort_by=f"self_{'cuda' if cuda else 'cpu'}_time_total", row_limit=30, max_name_column_width=60))
             return 0
-        if not (log_now or step == first + 3 or (stop and world == 1)):
+        if not (log_now or step == first + 3 or (stop if world == 1 else step % 10 == 0)):  # ranks must stop at the same step
             continue  # nothing below is needed, and nothing above waits for the device
 
         loss = sum_over_ranks(loss) / world
@@ -554,7 +525,7 @@ def train(s, preset, resume):
             with open(out / "log.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps(line) + "\n")
         if (eval_now or halt) and not last:
-            save(out, model, optimizers, step, seconds, s)
+            model.save(out, optimizers, write_whole, step, seconds, dataclasses.asdict(s))
         if halt:
             say(f"stopped at step {step} and saved: go on with --resume --out-dir {out}")
             return 130
@@ -566,9 +537,8 @@ def train(s, preset, resume):
     if rank == 0:
         write_json(out / "result.json", result)
         draw([out], out / "curves.png")
-    save(out, model, optimizers, step, seconds, s)  # the last thing: a run that died before it finishes again on --resume
-    if rank == 0:
-        say(report(result) + f"\nsaved in {out}: ckpt.pt, result.json, curves.png")
+    model.save(out, optimizers, write_whole, step, seconds, dataclasses.asdict(s))  # the last thing: a run that died before it finishes again on --resume
+    say(report(result) + f"\nsaved in {out}: ckpt.pt, result.json, curves.png")
     return 0
 
 

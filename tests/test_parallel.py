@@ -2,14 +2,17 @@
 
 Run as a script it is one rank: python tests/test_parallel.py JOB FOLDER, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set.
 """
+import dataclasses
 import json
 import os
+import random
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -118,7 +121,7 @@ def bare(rank, mesh, folder):
             for optimizer in optimizers:
                 optimizer.step()
             if step == 1:
-                train.save(folder, model, optimizers, step, 0.0, s)
+                model.save(folder, optimizers, train.write_whole, step, 0.0, dataclasses.asdict(s))
                 model, state = GPT.load(folder, mesh=mesh)
                 optimizers, _ = model.make_optimizers(s)
                 optimizers[1].load(state["tables"], 1)
@@ -129,9 +132,12 @@ def rank_main(job, folder):
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
     if job.startswith("train"):  # train-6: stop after the checkpoint of step 6
-        if "-" in job:
-            save, last = train.save, int(job.split("-")[1])
-            train.save = lambda *a: (save(*a), a[3] == last and os._exit(0))
+        if job == "train-6":
+            save = GPT.save
+            GPT.save = lambda *a: (save(*a), a[4] == 6 and os._exit(0))
+        if job == "train-hang":
+            train.timedelta = lambda minutes: timedelta(seconds=3)
+            train.usage = lambda model: time.sleep(1000) if rank else (0.0, 0.0)
         code = train.main(sys.argv[3:])
         sys.stdout.flush()
         os._exit(code)
@@ -151,7 +157,13 @@ def rank_main(job, folder):
 # ---- the tests
 
 def launch(job, world, folder, *args):
-    """Run one process a rank; returns their (exit code, output)."""
+    """Run one process a rank; all must end well."""
+    done = start(job, world, folder, *args)
+    assert all(code == 0 for code, _ in done), "\n".join(text for _, text in done)
+
+
+def start(job, world, folder, *args):
+    """Run one process a rank until rank 0 ends; returns their (exit code, output)."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -159,12 +171,14 @@ def launch(job, world, folder, *args):
                               env=os.environ | dict(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
                                                     OMP_NUM_THREADS="1")) for r in range(world)]
     try:
-        done = [(p, p.communicate(timeout=150)[0]) for p in ranks]
+        texts = [ranks[0].communicate(timeout=150)[0]]
+        if job == "train-hang":
+            ranks[1].kill()
+        texts += [p.communicate(timeout=150)[0] for p in ranks[1:]]
     finally:
         for p in ranks:
             p.kill()
-    assert all(p.returncode == 0 for p, _ in done), "\n".join(text for _, text in done)
-    return [text for _, text in done]
+    return [(p.returncode, text) for p, text in zip(ranks, texts)]
 
 
 @pytest.fixture(scope="module")
@@ -325,15 +339,16 @@ def children(pid):
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the ranks in /proc, on Linux")
 @pytest.mark.parametrize("how", ["kill -9 of one rank", "Ctrl-C"])
-def test_a_stopped_launch_says_so_and_goes_on(how, one, data, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py"), *TINY, "--data", str(data),
-               "--max-steps", "4000", "--eval-every", "40", "--out-dir", str(tmp_path / "run")]
+def test_a_stopped_launch_says_so_and_goes_on(how, data, tmp_path):
+    args = [*TINY, "--data", str(data), "--max-steps", "1500", "--eval-every", "40", "--log-every", "40", "--out-dir", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py"), *args]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     run = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, start_new_session=True)
     try:
         deadline = time.monotonic() + 60
         while not (tmp_path / "run" / "ckpt.pt").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
+        time.sleep(random.random())
         if how == "Ctrl-C":  # the terminal sends it to all, and torchrun passes it on
             os.killpg(run.pid, signal.SIGINT)
         else:
@@ -344,10 +359,17 @@ def test_a_stopped_launch_says_so_and_goes_on(how, one, data, tmp_path):
     assert run.returncode != 0
     state = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)
     if how == "Ctrl-C":
-        assert f"stopped at step {state['step']} and saved: go on with --resume" in out and state["step"] % 40
+        assert f"stopped at step {state['step']} and saved: go on with --resume" in out and state["step"] % 10 == 0
     else:
         assert "lost the others" in err and "--resume" in err and state["step"] % 40 == 0
-    assert all(p.isfinite().all() for p in GPT.load(tmp_path / "run")[0].parameters())
+    assert train.main([*args, "--resume"]) == 0                             # with one process
+    assert [json.loads(x)["step"] for x in (tmp_path / "run" / "log.jsonl").read_text().splitlines()] == [
+        step for step in range(1, 1501) if step % 40 == 0 or step == 1500]
+
+
+def test_a_rank_that_hangs_is_waited_for_no_longer_than_the_timeout(data, tmp_path):
+    (code, text), _ = start("train-hang", 2, tmp_path, *TINY, "--data", data, "--out-dir", tmp_path / "run")
+    assert code == 1 and "rank 0 lost the others" in text and "--resume" in text and "Traceback" not in text, text
 
 
 if __name__ == "__main__":
