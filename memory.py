@@ -52,7 +52,7 @@ class AllGather(torch.autograd.Function):
         ctx.group = group
         every = x.new_empty(group.size() * len(x), x.shape[1])              # (P*N, R)
         all_gather(every, x.contiguous(), group=group)
-        return every
+        return every.view_as(every)  # for the buffer itself, torch 2.11 compiles a backward without gradients
 
     @staticmethod
     def backward(ctx, grad):
