@@ -443,7 +443,7 @@ def adamw_(values, grad_sum, m, v, step, lr, beta1, beta2, scale=1.0, eps=1e-8, 
             step, block_s, block_w)
         return
     noise = torch.Generator(values.device).manual_seed(step)
-    for p, g, m, v in zip(*(x.split(2**20 // D + 1) for x in (values, grad_sum, m, v))):
+    for p, g, m, v in zip(*(x.split(max(2**20 // D, 1)) for x in (values, grad_sum, m, v))):
         g32, bits = g * scale, torch.randint(2**48, (len(g), D), device=g.device, generator=noise)[:, first:first + W]
         m32, v32 = m.float().lerp_(g32, 1 - beta1), v.float().lerp_(g32.square(), 1 - beta2)
         p32 = p.float().addcdiv_(m32, (v32 / (1 - beta2**step)).sqrt_().add_(eps), value=-lr / (1 - beta1**step))

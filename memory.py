@@ -195,7 +195,9 @@ class TableAdamW(torch.optim.AdamW):
                 adamw_(table.values, grad, state["exp_avg"], state["exp_avg_sq"], state["step"], group["lr"], *group["betas"], scale,
                        columns=(table.dims.start, table.value_dim))
             else:
-                table.values.grad = grad.mul_(scale)                        # (S, D/P)
+                if grad.device.type != "cpu" or scale != 1:                 # to look is free on a CPU, and spares a pass over the table
+                    grad.mul_(scale)
+                table.values.grad = grad                                    # (S, D/P)
         super().step()
         for table, grad in zip(self.tables, grads):
             table.values.grad = None

@@ -458,7 +458,7 @@ def train(s, preset, resume):
     if rank == 0:
         prepare_folder(out, s, step, hardware)
     say(f"{preset} · {s.ffn} · seed {s.seed} · {hardware} x {world} · torch {torch.__version__} · compile {'on' if use_compile else 'off'}\n"
-        + (describe_backend(device) if s.ffn == "memory" else "no memory layers") + "\nparameters: "
+        + (describe_backend(device) if s.ffn == "memory" else "no memory layers") + (f"; table in {P} slices" if several and P > 1 else "") + "\nparameters: "
         + " + ".join(f"{counts[k]:,} {k}" for k in ("embedding", "dense", "half_keys", "values"))
         + f" = {counts['total']:,}, active {counts['active']:,} · {flops:,} FLOPs per token\ndata: {s.data}, {len(loader.tokens):,} tokens; "
         f"{s.max_steps} steps of {tokens_per_step:,} read it {s.max_steps * read:.2f} times" + (f" · resumed at step {step}" if resume else ""))

@@ -242,11 +242,6 @@ def test_bytes():
     assert replicated_bytes(S=100, D=8, W=4) == 2 * 3 * 100 * 8             # twice 3/4 of the gradient
 
 
-def test_python_memory_py_prints_the_cost():
-    done = subprocess.run([sys.executable, "memory.py"], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0 and "2^26" in done.stdout and "64" in done.stdout and not done.stderr
-
-
 def test_slices_are_the_whole_table_at_the_start():
     class Mesh:  # one rank's view of a mesh, without processes
         def __init__(self, size, rank):

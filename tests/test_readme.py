@@ -3,6 +3,8 @@ import json
 import re
 import shlex
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,7 +45,7 @@ def test_there_are_commands_and_flags_that_exist():
     assert len({c for c in code() if "train.py" in c}) >= 8
     known = {train.flag(f) for f in train.Settings.__dataclass_fields__} | {"--resume", "--compare", "--help", "--no-mem-gate", "--no-qk-norm", "--no-compile"}
     known |= {"--" + name.replace("_", "-") for name in sample.NUMBERS} | {"--recall", "--ablate-memory", "--prompt", "--standalone", "--nproc_per_node"}
-    known |= {"--small", "--full", "--from-file", "--tokenizer", "--vocab-size"}
+    known |= {"--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--small", "--full", "--from-file", "--tokenizer", "--vocab-size"}
     assert not set(re.findall(r"(?<![\w-])--[a-z][\w-]+", README)) - known
 
 
@@ -76,12 +78,31 @@ def of(kind, key):
     return values
 
 
+def mean(kind, key, digits):
+    return f"{statistics.mean(of(kind, key)):.{digits}f} ± {statistics.stdev(of(kind, key)):.{digits}f}"
+
+
 @pytest.mark.parametrize("row, kind", KINDS.items())
 def test_the_table_is_what_the_runs_gave(row, kind):
     line = next(x for x in README.splitlines() if x.startswith(row))
     for key, digits in (("recall", 3), ("seconds", 0), ("tokens_per_s", 0), ("val_loss", 3), ("recall_unseen_phrasing", 3)):
-        number = f"{statistics.mean(of(kind, key)):.{digits}f} ± {statistics.stdev(of(kind, key)):.{digits}f}"
-        assert number in line, (key, number, line)
+        assert mean(kind, key, digits) in line, (key, mean(kind, key, digits), line)
+
+
+@pytest.mark.parametrize("row, kind", {"| one process |": "facts-memory", "| two processes |": "facts-2ranks"}.items())
+def test_two_processes_learn_the_same(row, kind):
+    line = next(x for x in README.splitlines() if x.startswith(row))
+    assert all(mean(kind, key, digits) in line for key, digits in (("recall", 3), ("val_loss", 3), ("seconds", 0))), line
+    assert abs(statistics.mean(of("facts-2ranks", "recall")) - statistics.mean(of("facts-memory", "recall"))) < statistics.stdev(of("facts-memory", "recall"))
+
+
+def test_what_a_bfloat16_table_recalls():
+    assert f"three seeds: {mean('facts-bf16', 'recall', 3)} recalled (float32: {mean('facts-memory', 'recall', 3)})" in README
+
+
+def test_the_costs_of_parallel_memory_are_those_memory_py_prints():
+    done = subprocess.run([sys.executable, "memory.py"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and f"```\n{done.stdout}```" in README
 
 
 def test_what_was_tried():
