@@ -264,7 +264,7 @@ class GPT(nn.Module):
             dense = {k: v for k, v in self.state_dict().items() if not k.endswith(".values")}
             state = dict(model=dense, optimizer=optimizers[0].state_dict(), slices=names, step=step, seconds=seconds, settings=settings)
             write(folder / "ckpt.pt", lambda part: torch.save(state if names else state | tables, part))
-            for old in folder.glob("ckpt-*"):
+            for old in folder.glob("ckpt-[0-9]*of*.pt*"):
                 if old.name not in names:
                     old.unlink()
         if dist.is_initialized():

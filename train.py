@@ -447,7 +447,7 @@ def train(s, preset, resume):
     use_compile = cuda if s.compile is None else s.compile
     net = torch.compile(model) if use_compile else model
     if world > 1:
-        warnings.filterwarnings("ignore", "`broadcast_buffers`")  # torch 2.13 calls it otherwise, 2.9 does not
+        warnings.filterwarnings("ignore", "`broadcast_buffers`")  # torch 2.13 calls it otherwise, 2.11 does not
         net = torch.nn.parallel.DistributedDataParallel(net, device_ids=[device] if cuda else None, broadcast_buffers=False,
                                                         init_sync=False)  # all ranks made, or loaded, the same; of a table each its part
     micro = s.micro_batch_size or s.batch_size // world
@@ -553,8 +553,8 @@ def main(argv=None):
     except RuntimeError as e:
         if not (isinstance(e, dist.DistError) or "gloo" in str(e)):
             raise
-        message = (f"rank {os.environ['RANK']} lost the others, one of them has stopped ({str(e).splitlines()[0][:200]}): start all again with --resume "
-                   f"and the same --out-dir, the run goes on from its last checkpoint")
+        message = (f"rank {os.environ['RANK']} lost the others: one has stopped, and may say why ({str(e).splitlines()[0][:200]}); start all again with "
+                   f"--resume and the same --out-dir to go on from the last checkpoint")
     print("train.py: " + " ".join(message.split()), file=sys.stderr)
     return 1
 

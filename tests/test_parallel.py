@@ -304,11 +304,12 @@ def test_checkpoints_move_between_world_sizes(one, data, tmp_path):
     args = [*TINY, "--data", data]
     launch("train-6", 4, tmp_path, *args, "--out-dir", tmp_path / "4")
     assert sorted(f.name for f in (tmp_path / "4").glob("ckpt*")) == [*(f"ckpt-6-{i}of4.pt" for i in range(4)), "ckpt.pt"]
+    shutil.copy(tmp_path / "4" / "ckpt.pt", tmp_path / "4" / "ckpt-best.pt")                      # the user's own
     for target, world, more in (("1", 1, []), ("2", 2, ["--mem-parallel", "1"])):
         shutil.copytree(tmp_path / "4", tmp_path / target)
         launch("train", world, tmp_path, *args, *more, "--out-dir", tmp_path / target, "--resume")
         same_run(tmp_path / target, one / "whole")
-        assert [f.name for f in (tmp_path / target).glob("ckpt*")] == ["ckpt.pt"]                 # slices that no one needs are gone
+        assert sorted(f.name for f in (tmp_path / target).glob("ckpt*")) == ["ckpt-best.pt", "ckpt.pt"]  # slices that no one needs are gone
     shutil.copytree(one / "half", tmp_path / "half")
     launch("train", 4, tmp_path, *args, "--mem-parallel", "2", "--out-dir", tmp_path / "half", "--resume")
     same_run(tmp_path / "half", one / "whole")
