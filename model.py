@@ -233,8 +233,8 @@ class GPT(nn.Module):
         if not path.exists():
             raise ValueError(f"{path} does not exist: give the folder of a run that has saved a checkpoint")
         try:
-            # mapped, so that who does not use the optimizer's part does not read it; Windows cannot replace a mapped file
-            read = functools.partial(torch.load, map_location=device, weights_only=True, mmap=sys.platform != "win32")
+            # mapped on the CPU, so that what is not used of tables and optimizer is never read; Windows cannot replace a mapped file
+            read = functools.partial(torch.load, map_location="cpu", weights_only=True, mmap=sys.platform != "win32")
             state = read(path)
             config = {f.name: state["settings"][f.name] for f in fields(GPTConfig)}
             model = cls(GPTConfig(**config | {"mem_layers": tuple(config["mem_layers"])}), mesh)
