@@ -1,7 +1,17 @@
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A tiny corpus of facts, to be read only."""
+    import prepare_data
+    folder = tmp_path_factory.mktemp("data") / "facts"
+    prepare_data.make_facts(folder, people=60, control=10, documents=2000, val_documents=128)
+    return folder

@@ -270,14 +270,6 @@ def test_columns_of_any_slices(saved, wanted):
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    import prepare_data
-    folder = tmp_path_factory.mktemp("data") / "facts"
-    prepare_data.make_facts(folder, people=60, control=10, documents=2000, val_documents=128)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def one(data, tmp_path_factory):
     """A run of one process, as it was after 6 steps and at its end."""
     out = tmp_path_factory.mktemp("one")

@@ -13,20 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-import prepare_data
 import train
 from model import GPT
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ("--n-layer 2 --n-embd 32 --n-head 2 --mem-n-keys 16 --mem-topk 4 --mem-heads 2 --batch-size 16 --log-every 5 --eval-every 10 "
         "--eval-windows 64 --max-steps 40 --warmup-steps 5 --device cpu").split()
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data") / "facts"
-    prepare_data.make_facts(folder, people=60, control=10, documents=2000, val_documents=128)
-    return folder
 
 
 @pytest.fixture(scope="module")
