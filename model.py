@@ -152,7 +152,7 @@ class GPT(nn.Module):
         """embedding N(0, 0.02) · matrices N(0, 1/sqrt(inputs)), those that write to the residual stream over sqrt(2 * n_layer) (nanoGPT) ·
         half-keys U(+-1/sqrt(key dim)) · values N(0, 1/sqrt(D)) (arXiv 2412.09764) · norms 1."""
         for table in self.tables:
-            table.init_weights(std=table.value_dim ** -0.5)                 # (S, D)
+            table.init_weights(std=table.value_dim ** -0.5)                 # (S, D/P)
         for name, p in self.named_parameters():
             if name.endswith("half_keys"):
                 p.uniform_(-1, 1).mul_((2 * p.shape[-1]) ** -0.5)           # (2, H, n, d)

@@ -435,8 +435,8 @@ def train(s, preset, resume):
     torch.set_float32_matmul_precision("high")
     ctx = torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext()
     resume = resume and (out / "ckpt.pt").exists()  # a run that died before its first checkpoint starts again
-    P, several = s.mem_parallel or world, s.ffn == "memory" and world > 1
-    mesh = init_device_mesh(device.split(":")[0], (world // P, P), mesh_dim_names=("replica", "slice")) if several else None
+    P = s.mem_parallel or world
+    mesh = init_device_mesh(device.split(":")[0], (world // P, P), mesh_dim_names=("replica", "slice")) if world > 1 and s.ffn == "memory" else None
     model, state = restore(out, meta, s, device, mesh) if resume else (GPT(s, mesh).to(device), dict(step=0, seconds=0.0))
     optimizers, others = model.make_optimizers(s)
     if resume:
@@ -458,7 +458,7 @@ def train(s, preset, resume):
     if rank == 0:
         prepare_folder(out, s, step, hardware)
     say(f"{preset} · {s.ffn} · seed {s.seed} · {hardware} x {world} · torch {torch.__version__} · compile {'on' if use_compile else 'off'}\n"
-        + (describe_backend(device) if s.ffn == "memory" else "no memory layers") + (f"; table in {P} slices" if several and P > 1 else "") + "\nparameters: "
+        + (describe_backend(device) if s.ffn == "memory" else "no memory layers") + (f"; table in {P} slices" if mesh and P > 1 else "") + "\nparameters: "
         + " + ".join(f"{counts[k]:,} {k}" for k in ("embedding", "dense", "half_keys", "values"))
         + f" = {counts['total']:,}, active {counts['active']:,} · {flops:,} FLOPs per token\ndata: {s.data}, {len(loader.tokens):,} tokens; "
         f"{s.max_steps} steps of {tokens_per_step:,} read it {s.max_steps * read:.2f} times" + (f" · resumed at step {step}" if resume else ""))
@@ -471,7 +471,7 @@ def train(s, preset, resume):
         last = step + 1 == s.max_steps
         eval_now = last or (step + 1) % s.eval_every == 0
         log_now = eval_now or (step + 1) % s.log_every == 0
-        torch.manual_seed(hash((s.seed, step, rank)))  # for dropout
+        s.dropout and torch.manual_seed(hash((s.seed, step, rank)))
         for table in model.tables:
             table.count(log_now)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
