@@ -489,6 +489,7 @@ def train(s, preset, resume):
         optimizers[0].zero_grad(set_to_none=True)
         step += 1
         if s.profile and step == first + 10:
+            [torch.ones(2**22) for _ in range(32)]  # its records break up freed memory: have enough, so that no step must ask for more
             profiler = torch.profiler.profile()
             profiler.start()
         if s.profile and step == first + 30:
