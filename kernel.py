@@ -18,7 +18,6 @@ import argparse
 import functools
 import os
 import statistics
-import sys
 import time
 import warnings
 
@@ -35,9 +34,7 @@ except ImportError as e:  # Windows, macOS: everything works without it
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU, slowly, in float32: for tests and for learning
 _backend = "auto"
-with warnings.catch_warnings():  # torch says once that sparse tensors are in beta: let it be now
-    warnings.simplefilter("ignore")
-    torch.sparse_csr_tensor([0, 0], [], [], (1, 1))
+warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
 
 
 def backend(name=None):
@@ -54,9 +51,7 @@ def backend(name=None):
 
 def uses_triton(device):
     """Whether the Triton kernels run for tensors on this device."""
-    if _backend != "auto":
-        return _backend == "triton"
-    return triton is not None and torch.device(device).type == "cuda" and not INTERPRETED
+    return _backend == "triton" or (_backend == "auto" and triton is not None and torch.device(device).type == "cuda" and not INTERPRETED)
 
 
 def describe_backend(device):
@@ -124,10 +119,8 @@ def gather_backward_torch(grad_y, values, indices, weights, wants_values):
         starts = torch.searchsorted(slots, torch.arange(S + 1, dtype=torch.int32, device=slots.device))  # (S+1,)
         token = tokens[:, None].expand(N, R).reshape(-1).index_select(0, order)                          # (N*R,)
         grad_values = bag(grad_y, token, weights.view(-1).index_select(0, order), starts)                # (S, D)
-    if values.device.type != "cpu":
+    if values.device.type != "cpu" or R > S or indices.numel() == 0:  # there is no sampled_addmm, or no need for it
         return grad_values, torch.einsum("nd,nrd->nr", grad_y, values[indices])  # (S, D), (N, R)
-    if R > S or indices.numel() == 0:  # the whole product is no larger
-        return grad_values, (grad_y @ values.T).gather(1, indices.long())   # (S, D), (N, R)
     places = torch.sparse_csr_tensor(torch.arange(0, N * R + 1, R, device=values.device), indices.long().view(-1), weights.view(-1),
                                      (N, S), check_invariants=False)        # (N, S), R of them in each row
     return grad_values, torch.sparse.sampled_addmm(places, grad_y, values.T, beta=0.0).values().view(N, R)  # (S, D), (N, R)
@@ -150,54 +143,45 @@ if triton is not None:
         tl.store(y + t * D + d, total.to(y.dtype.element_ty), mask=d < D)
 
     @triton.jit
-    def add_from(x, x_starts, y, y_starts):
-        """Two neighbouring stretches of a sum that begins anew where starts is true."""
-        return tl.where(y_starts, y, x + y), x_starts | y_starts
-
-    @triton.jit
-    def gather_backward_kernel(grad_y, values, weights, slots, order, grad_w, grad_sum, edges, edge_slots, L, R, D,
-                               CHUNK: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, FIRST: tl.constexpr):
-        """One program: BLOCK_D dims of CHUNK lookups in order of slot, BLOCK_L at a time, for both gradients. A slot's row of values
-        is read once for all its lookups, grad_y (small) comes from the cache; a slot no one reads costs nothing, one that everyone
-        reads is many programs' work. Sums of slots that lie whole in the chunk are added to grad_sum; the first and the last may go
-        on in a neighbour, so their parts go to edges, a list of lookups again, 2 for each program, for the next round (not FIRST).
-        grad_y (N, D), values (S, D), weights, slots, order (L,), grad_w (D blocks, L), grad_sum (S, D), edges (2 * programs, D)."""
+    def gather_backward_kernel(grad_y, values, weights, slots, order, tokens, grad_w, grad_sum, edges, edge_slots, L, D,
+                               CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, FIRST: tl.constexpr):
+        """One program, one warp: BLOCK_D dims of CHUNK lookups in order of slot, one after another, for both gradients. A slot's row of
+        values comes from memory once for all its lookups, grad_y (small) from the cache; a slot no one reads costs nothing, one that
+        everyone reads is many programs' work. Sums of slots that lie whole in the chunk are added to grad_sum; the first and the last may
+        go on in a neighbour, so their parts go to edges: lookups again, 2 for each program, in order and of weight 1, for the next round
+        (not FIRST). grad_y (N, D), values (S, D), weights, slots, order, tokens (L,), grad_w (D blocks, L), grad_sum (S, D), edges
+        (2 * programs, D)."""
         p, block = tl.program_id(0), tl.program_id(1)
-        d = block * BLOCK_D + tl.arange(0, BLOCK_D)                         # (BLOCK_D,)
-        slots, order, count = slots + p * CHUNK, order + p * CHUNK, tl.minimum(L - p * CHUNK, CHUNK)
-        head = tl.load(slots - 1, mask=p > 0, other=-1)                     # the slot that may have begun in the program before
-        tail = tl.load(slots + count, mask=p * CHUNK + count < L, other=-1)  # the slot that may go on in the next
-        total = tl.zeros((BLOCK_D,), tl.float32)                            # (BLOCK_D,): the part of a slot that a tile leaves open
-        for l0 in range(0, count, BLOCK_L):
-            l = l0 + tl.arange(0, BLOCK_L)                                  # (BLOCK_L,): places in the chunk
-            here = (l < count)[:, None] & (d < D)[None, :]                  # (BLOCK_L, BLOCK_D)
-            slot = tl.load(slots + l, mask=l < count, other=-2)             # (BLOCK_L,)
-            begins = slot != tl.load(slots + l - 1, mask=(l < count) & (l > 0), other=-3)         # (BLOCK_L,): in this chunk
-            ends = (slot != tl.load(slots + l + 1, mask=l + 1 < count, other=-1)) & (l < count)   # (BLOCK_L,): in this chunk
-            position = tl.load(order + l, mask=l < count, other=0)          # (BLOCK_L,)
-            w = tl.load(weights + position, mask=l < count, other=0.0)      # (BLOCK_L,)
-            g = tl.load(grad_y + (position // R).to(tl.int64)[:, None] * D + d[None, :], mask=here, other=0.0).to(tl.float32)
-            row = slot.to(tl.int64)[:, None] * D + d[None, :]               # (BLOCK_L, BLOCK_D)
-            if FIRST:
-                v = tl.load(values + row, mask=here, other=0.0).to(tl.float32)                    # (BLOCK_L, BLOCK_D)
-                tl.store(grad_w + block.to(tl.int64) * L + position, tl.sum(g * v, axis=1), mask=l < count)
-            x = w[:, None] * g + tl.where((l == l0)[:, None], total[None, :], 0.0)                # (BLOCK_L, BLOCK_D)
-            x, _ = tl.associative_scan((x, tl.broadcast_to(begins[:, None], x.shape)), 0, add_from)
-            edge = (slot == head) | (slot == tail)                          # (BLOCK_L,)
-            whole = here & (ends & ~edge)[:, None]                          # (BLOCK_L, BLOCK_D)
-            tl.store(grad_sum + row, tl.load(grad_sum + row, mask=whole, other=0.0) + x, mask=whole)
-            place = (2 * p + (slot != head)).to(tl.int64)[:, None] * D + d[None, :]               # (BLOCK_L, BLOCK_D): head, then tail
-            tl.store(edges + place, x, mask=here & (ends & edge)[:, None])
-            total = tl.sum(tl.where(((l == l0 + BLOCK_L - 1) & ~ends)[:, None], x, 0.0), axis=0)  # (BLOCK_D,)
-        first, last = tl.load(slots), tl.load(slots + count - 1)
-        edge_row = edges + (2 * p).to(tl.int64) * D + d                     # (BLOCK_D,)
-        if first != head:                                                   # nothing came from before
-            tl.store(edge_row, tl.zeros((BLOCK_D,), tl.float32), mask=d < D)
-        if (last != tail) | (last == head):                                 # nothing goes on, or all of it is in the head
-            tl.store(edge_row + D, tl.zeros((BLOCK_D,), tl.float32), mask=d < D)
+        # 4 dims a thread, 16 bytes of float32, in all that is read: other threads' dims would have to be sent to them
+        d = block * BLOCK_D + tl.max_contiguous(tl.arange(0, BLOCK_D), 4)   # (BLOCK_D,)
+        begin, end = p * CHUNK, tl.minimum(p * CHUNK + CHUNK, L)
+        head = tl.load(slots + begin - 1, mask=p > 0, other=-1)             # the slot that may have begun in the program before
+        tail = tl.load(slots + end, mask=end < L, other=-1)                 # the slot that may go on in the next
+        slot, total = tl.load(slots + begin), tl.zeros((BLOCK_D,), tl.float32)  # (), (BLOCK_D,): the sum of the slot's lookups so far
+        edge_row = edges + (2 * p).to(tl.int64) * D + d                     # (BLOCK_D,): the head's; the tail's is D further on
         if block == 0:
-            tl.store(edge_slots + 2 * p, first)
-            tl.store(edge_slots + 2 * p + 1, last)
+            tl.store(edge_slots + 2 * p, slot)
+            tl.store(edge_slots + 2 * p + 1, tl.load(slots + end - 1))
+        for i in range(end - begin):
+            l = begin + i
+            row, following = slot.to(tl.int64) * D + d, tl.load(slots + l + 1, mask=l + 1 < end, other=-1)        # (BLOCK_D,), ()
+            if FIRST:
+                position, token = tl.load(order + l), tl.load(tokens + l)
+                w, v = tl.load(weights + position), tl.load(values + row, mask=d < D, other=0.0).to(tl.float32)   # (), (BLOCK_D,)
+            else:
+                w, token = 1.0, l
+            g = tl.load(grad_y + token.to(tl.int64) * D + d, mask=d < D, other=0.0).to(tl.float32)                # (BLOCK_D,)
+            total += w * g                                                  # (BLOCK_D,)
+            if FIRST:
+                tl.store(grad_w + block.to(tl.int64) * L + position, tl.sum(g * v))
+            if following != slot:
+                if slot == head:
+                    tl.store(edge_row, total, mask=d < D)
+                elif slot == tail:
+                    tl.store(edge_row + D, total, mask=d < D)
+                else:
+                    tl.store(grad_sum + row, tl.load(grad_sum + row, mask=d < D, other=0.0) + total, mask=d < D)
+                slot, total = following, tl.zeros((BLOCK_D,), tl.float32)   # (), (BLOCK_D,)
 
 
 def tile(D):
@@ -209,8 +193,7 @@ def tile(D):
 
 def gather_triton(values, indices, weights):
     (N, R), D = indices.shape, values.shape[1]
-    y = values.new_empty(N, D)                                              # (N, D)
-    rows, block_d, warps = tile(D)
+    y, (rows, block_d, warps) = values.new_empty(N, D), tile(D)             # (N, D)
     if y.numel():
         gather_kernel[(N, triton.cdiv(D, block_d))](values, indices, weights, y, R, D, min(rows, triton.next_power_of_2(max(R, 1))), block_d,
                                                     num_warps=warps)
@@ -223,20 +206,18 @@ def gather_backward_triton(grad_y, values, indices, weights, grad_sum, chunk=128
     if N * R * D == 0:
         return torch.zeros_like(weights)                                    # (N, R)
     slots, order = group_by_slot(indices)                                   # (L,), (L,), L = N * R
-    order = order.int()                                                     # (L,): 64-bit division is slow on a GPU
-    rows, block_d, warps = tile(D)
-    rows, blocks, first = min(rows, 4), triton.cdiv(D, block_d), True  # the sum needs registers: 4 rows fit
+    tokens, order = (order // R).int(), order.int()                         # (L,) both
+    block_d, first = min(tile(D)[1], 256), True
+    blocks = triton.cdiv(D, block_d)
     grad_w = weights.new_empty(blocks, N, R)                                # (D blocks, N, R)
     while True:  # lookups, then the edges of their chunks, then the edges of those, ...
-        L = len(slots)
-        programs = triton.cdiv(L, chunk)
-        edges, edge_slots = weights.new_empty(2 * programs, D), slots.new_empty(2 * programs)
-        gather_backward_kernel[(programs, blocks)](grad_y, values, weights, slots, order, grad_w, grad_sum, edges, edge_slots, L, R, D,
-                                                   chunk, rows, block_d, first, num_warps=warps)
+        L, programs = len(slots), triton.cdiv(len(slots), chunk)
+        edges, edge_slots = weights.new_zeros(2 * programs, D), slots.new_empty(2 * programs)
+        gather_backward_kernel[(programs, blocks)](grad_y, values, weights, slots, order, tokens, grad_w, grad_sum, edges, edge_slots, L, D,
+                                                   chunk, block_d, first, num_warps=1)
         if programs == 1:
             return grad_w.sum(0)                                            # (N, R)
-        grad_y, slots, R, first = edges, edge_slots, 1, False
-        order, weights = torch.arange(len(slots), dtype=torch.int32, device=slots.device), weights.new_ones(len(slots))
+        grad_y, slots, first = edges, edge_slots, False
 
 
 # custom_op makes each operation one opaque node for torch.compile (no graph break); the fake says only what shape comes out.
@@ -327,16 +308,32 @@ def topk_sums_cpu(scores, K):
 
 if triton is not None:
     @triton.jit
+    def add_from(x, x_starts, y, y_starts):
+        """Two neighbouring stretches of a sum that begins anew where starts is true."""
+        return tl.where(y_starts, y, x + y), x_starts | y_starts
+
+    @triton.jit
+    def turn(bits):
+        return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)                  # floats as integers: negative ones count backwards
+
+    @triton.jit
     def pack(score, index, mask):
-        """A 64-bit integer that sorts as score does and carries index; below all others where mask is false."""
-        bits = score.to(tl.float32).to(tl.int32, bitcast=True)
-        bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)                  # negative floats count backwards
-        return tl.where(mask, (bits.to(tl.int64) << 32) | index.to(tl.int64), -9223372036854775808)
+        """An integer that sorts as score does and carries index; below all others where mask is false. 64 bits; 32 if score is bfloat16:
+        the lower half of its float32 is free, and half the bits are half the work."""
+        bits = turn(score.to(tl.float32).to(tl.int32, bitcast=True))
+        if score.dtype == tl.bfloat16:
+            word = tl.where(mask, (bits & -65536) | index, -2147483648)
+        else:
+            word = tl.where(mask, (bits.to(tl.int64) << 32) | index.to(tl.int64), -9223372036854775808)
+        return word
 
     @triton.jit
     def unpack(word):
-        bits = (word >> 32).to(tl.int32)
-        return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True), (word & 0x7FFFFFFF).to(tl.int32)
+        if word.dtype == tl.int32:
+            bits, index = turn(word) & -65536, word & 0xFFFF
+        else:
+            bits, index = turn((word >> 32).to(tl.int32)), (word & 0x7FFFFFFF).to(tl.int32)
+        return bits.to(tl.float32, bitcast=True), index
 
     @triton.jit
     def topk_sums_kernel(scores, pairs, best, slots, rows, n, K, M, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr):
@@ -354,15 +351,21 @@ if triton is not None:
         tl.store(slots + row * K + k, slot.to(tl.int64), mask=k < K)
 
     @triton.jit
-    def topk_sums_backward_kernel(grad, slots, grad_scores, rows, n, K, BLOCK_N: tl.constexpr):
-        """One program: the gradient of one half's n scores for one query, K sums' shares in order. A scatter would need atomics."""
-        row, side, i = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK_N)
-        total = tl.zeros((BLOCK_N,), tl.float32)                            # (BLOCK_N,)
-        for k in range(K):
-            slot = tl.load(slots + row * K + k).to(tl.int32)
-            half = tl.where(side == 0, slot // n, slot % n)
-            total += tl.where(i == half, tl.load(grad + row * K + k), 0.0)
-        tl.store(grad_scores + (side * rows + row) * n + i, total.to(grad_scores.dtype.element_ty), mask=i < n)
+    def topk_sums_backward_kernel(grad, slots, grad_scores, rows, n, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+        """One program: the gradient of one half's n scores for one query. The K shares are sorted by the half-key they belong to, added
+        up in that order and written over zeros: a scatter would need atomics. grad, slots (rows, K), grad_scores (2, rows, n)."""
+        row, side, i, k = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+        slot = tl.load(slots + row * K + k, mask=k < K, other=0).to(tl.int32)                       # (BLOCK_K,), as all but i below
+        half = tl.where(k < K, tl.where(side == 0, slot // n, slot % n), n)
+        word = tl.sort((half.to(tl.int64) << 32) | k.to(tl.int64))
+        half, share = (word >> 32).to(tl.int32), tl.load(grad + row * K + (word & 0xFFFFFFFF), mask=word >> 32 < n, other=0.0)
+        begins = half != tl.where(k > 0, tl.gather(half, tl.maximum(k - 1, 0), 0), -1)
+        ends = half != tl.where(k < BLOCK_K - 1, tl.gather(half, tl.minimum(k + 1, BLOCK_K - 1), 0), -1)
+        total, _ = tl.associative_scan((share, begins), 0, add_from)
+        grad_scores += (side * rows + row) * n
+        tl.store(grad_scores + i, tl.zeros((BLOCK_N,), grad_scores.dtype.element_ty), mask=i < n)
+        tl.debug_barrier()
+        tl.store(grad_scores + half, total.to(grad_scores.dtype.element_ty), mask=ends & (half < n))
 
 
 @torch.library.custom_op("nanomemory::topk_sums", mutates_args=())
@@ -373,7 +376,8 @@ def topk_sums_op(scores: torch.Tensor, K: int) -> tuple[torch.Tensor, torch.Tens
         slots = torch.empty_like(best, dtype=torch.int64)                                                # (..., K)
         if rows:
             topk_sums_kernel[(rows,)](scores.contiguous(), pairs, best, slots, rows, n, K, pairs.shape[1],
-                                      *(triton.next_power_of_2(x) for x in (n, K, pairs.shape[1])), num_warps=min(max(n // 512, 1), 8))
+                                      *(triton.next_power_of_2(x) for x in (n, K, pairs.shape[1])),
+                                      num_warps=min(max(n // (1024 if scores.dtype == torch.bfloat16 else 512), 1), 8))
         return best, slots
     if scores.device.type == "cpu" and scores.dtype == torch.float32 and scores.shape[-1] <= 256:
         return topk_sums_cpu(scores, K)  # to sort all of more costs more than torch's selection
@@ -386,7 +390,8 @@ def topk_sums_backward_op(grad: torch.Tensor, slots: torch.Tensor, n: int, dtype
     if uses_triton(grad.device) and grad.dtype != torch.float64:
         grad_scores = grad.new_empty(2, *slots.shape[:-1], n, dtype=dtype)                               # (2, ..., n)
         if rows:
-            topk_sums_backward_kernel[(rows, 2)](grad.contiguous(), slots, grad_scores, rows, n, K, triton.next_power_of_2(n), num_warps=1)
+            topk_sums_backward_kernel[(rows, 2)](grad.contiguous(), slots, grad_scores, rows, n, K, triton.next_power_of_2(n),
+                                                 max(triton.next_power_of_2(K), 2), num_warps=1)
         return grad_scores
     halves = torch.stack((slots // n, slots % n))                                                        # (2, ..., K)
     return grad.new_zeros(2, *slots.shape[:-1], n).scatter_add_(-1, halves, grad.expand_as(halves)).to(dtype)  # (2, ..., n)
@@ -439,8 +444,8 @@ def adamw_(values, grad_sum, m, v, step, lr, beta1, beta2, scale=1.0, eps=1e-8, 
     if uses_triton(values.device):
         block_s, block_w = max(1024 // triton.next_power_of_2(W), 1), min(triton.next_power_of_2(W), 1024)
         adamw_kernel[(triton.cdiv(S, block_s), triton.cdiv(W, block_w))](
-            *(x.view(torch.int16) for x in (values, m, v)), grad_sum, scale, S, W, first, D, lr, beta1, beta2, eps, 1 - beta1**step, 1 - beta2**step,
-            step, block_s, block_w)
+            *(x.view(torch.int16) for x in (values, m, v)), grad_sum, scale, S, W, first, D, lr / (1 - beta1**step), beta1, beta2,
+            (1 - beta2**step) ** -0.5, eps, step, block_s, block_w)
         return
     noise = torch.Generator(values.device).manual_seed(step)
     for p, g, m, v in zip(*(x.split(max(2**20 // D, 1)) for x in (values, grad_sum, m, v))):
@@ -462,9 +467,10 @@ if triton is not None:
         return ((x.to(tl.int32, bitcast=True) + (noise & 0xFFFF).to(tl.int32)) >> 16).to(tl.int16)
 
     @triton.jit
-    def adamw_kernel(values, m, v, grad_sum, scale, S, W, first, D, lr, beta1, beta2, eps, correct1, correct2, seed,
+    def adamw_kernel(values, m, v, grad_sum, scale, S, W, first, D, rate, beta1, beta2, correct, eps, seed,
                      BLOCK_S: tl.constexpr, BLOCK_W: tl.constexpr):
-        """One program: a tile of the table. values, m, v (S, W) bfloat16 as int16, grad_sum (S, W) float32, scale ()."""
+        """One program: a tile of the table. values, m, v (S, W) bfloat16 as int16, grad_sum (S, W) float32, scale (). rate, correct: lr and
+        sqrt(v) are multiplied with what corrects the moments' start at zero. 7 rounds of Philox are random enough (Salmon et al. 2011)."""
         s = tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)  # (BLOCK_S,)
         d = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)              # (BLOCK_W,)
         i, here = s[:, None] * W + d[None, :], (s < S)[:, None] & (d < W)[None, :]  # (BLOCK_S, BLOCK_W) both, as all below
@@ -473,8 +479,8 @@ if triton is not None:
         v32 = wide(tl.load(v + i, mask=here, other=0))
         m32 += (1 - beta1) * (g - m32)
         v32 += (1 - beta2) * (g * g - v32)
-        p32 = wide(tl.load(values + i, mask=here, other=0)) - lr * (m32 / correct1) / (tl.sqrt(v32 / correct2) + eps)
-        r0, r1, r2, _ = tl.randint4x(seed, s[:, None] * D + (first + d)[None, :])  # by the place in the whole table
+        p32 = wide(tl.load(values + i, mask=here, other=0)) - rate * m32 / (tl.sqrt(v32) * correct + eps)
+        r0, r1, r2, _ = tl.randint4x(seed, s[:, None] * D + (first + d)[None, :], n_rounds=7)  # by the place in the whole table
         tl.store(values + i, narrow(p32, r0), mask=here)
         tl.store(m + i, narrow(m32, r1), mask=here)
         tl.store(v + i, narrow(v32, r2), mask=here)
@@ -508,15 +514,20 @@ def check(device, dtype):
 
 def milliseconds(call, inputs, device, before=lambda: None, seconds=0.5):
     """Median and quartiles of call(*inputs[i]) in ms; inputs rotate, so that no cache holds the rows from the last time. before() is
-    called ahead of each, untimed."""
-    times, begin, wait = [], time.perf_counter(), torch.cuda.synchronize if device == "cuda" else lambda: None
+    called ahead of each, untimed. A GPU is timed by its own clock, after half a ms of nothing in which the CPU can get ahead of it."""
+    times, begin, gpu = [], time.perf_counter(), device == "cuda"
+    started, done = (torch.cuda.Event(enable_timing=True) for _ in range(2)) if gpu else (None, None)
     while len(times) < 8 or (time.perf_counter() - begin < seconds and len(times) < 200):
         before()
-        wait()
+        if gpu:
+            torch.cuda._sleep(2**20)  # cycles
+            started.record()
         t = time.perf_counter()
         call(*inputs[len(times) % len(inputs)])
-        wait()
-        times.append(1e3 * (time.perf_counter() - t))
+        if gpu:
+            done.record()
+            done.synchronize()
+        times.append(started.elapsed_time(done) if gpu else 1e3 * (time.perf_counter() - t))
     low, middle, high = statistics.quantiles(times[3:], n=4)  # the first calls compile and warm up
     return middle, low, high
 
@@ -545,13 +556,12 @@ def measure(S, D, N, R, device, dtype, copy_rate, hot=False):
             "indexing + einsum": gather_reference}
     if device == "cuda":
         ways["indexing + einsum, compiled"] = torch.compile(gather_reference)
-    number, lookups, rates = values.element_size(), N * R, {}
+    number, lookups = values.element_size(), N * R
     forward = (lookups + N) * D * number + lookups * 12              # rows, the result, an index and a weight for each
     touched = len(inputs[0][0].unique()) * D                         # numbers of the table that are read at least once
     backward = touched * (number + 4) + N * D * number + lookups * (12 + 8 + 4)  # those, their gradient, grad_y, what sorting leaves, grad_w
-    for name, way in ways.items():
-        with torch.no_grad():
-            rates[name] = row(f"{name}, forward", lambda i, w: way(values, i, w), inputs, device, forward, copy_rate)
+    with torch.no_grad():
+        rates = {name: row(f"{name}, forward", lambda i, w: way(values, i, w), inputs, device, forward, copy_rate) for name, way in ways.items()}
     total, table = torch.randn(S, D, device=device), values.requires_grad_()                    # (S, D) both
     ways["ours, gradient added in place"] = lambda v, i, w: gather(v.detach(), i, w, total)
     for name, way in ways.items():
@@ -565,11 +575,8 @@ def measure(S, D, N, R, device, dtype, copy_rate, hot=False):
 def main():
     p = argparse.ArgumentParser(description="check the kernels against their definitions, then time them")
     p.add_argument("--plot", action="store_true", help="draw bandwidth over the value dim and the slots to assets/kernel.png")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = p.parse_args()
-    device, gpu = args.device, args.device == "cuda"
-    if gpu and not torch.cuda.is_available():
-        sys.exit("kernel.py: --device cuda: no CUDA GPU here, use --device cpu")
+    args, gpu = p.parse_args(), torch.cuda.is_available()
+    device = "cuda" if gpu else "cpu"
     dtypes = (torch.float32, torch.bfloat16) if gpu or not uses_triton("cpu") else (torch.float32,)
     for dtype in dtypes:
         check(device, dtype)
@@ -581,15 +588,15 @@ def main():
     print(f"{name}, torch {torch.__version__}: a copy moves {copy_rate:.0f} GB/s\n\n{'':52s}{'ms':>9s} [quartiles]{'GB/s':>15s} {'copy':>6s}{'peak MiB':>9s}")
     N, R, dims, slots = (16384, 128, (256, 768, 1024), (2**16, 2**20, 2**22)) if gpu else (1024, 128, (64, 128, 512), (2**14, 2**16, 2**18))
     curves = {}
-    for dtype in dtypes if gpu else (torch.float32,):
+    for dtype in dtypes if gpu else dtypes[:1]:
         for S, D, hot in dict.fromkeys([(slots[1], D, False) for D in dims] + [(S, dims[-1], False) for S in slots] + [(slots[1], dims[-1], True)]):
             for way, rate in measure(S, D, N, R, device, dtype, copy_rate, hot).items():
                 if not hot:
                     curves.setdefault(f"{way}, {str(dtype)[6:]}", {})[S, D] = rate
-    for n in (128, 256, 1024):
-        scores = [(torch.randn(2, 4, N, n, device=device),) for _ in range(4)]                  # (2, H, N, n)
+    for n, dtype in [(n, dtype) for dtype in (dtypes if gpu else dtypes[:1]) for n in (128, 256, 1024)]:
+        scores = [(torch.randn(2, 4, N, n, device=device, dtype=dtype),) for _ in range(4)]     # (2, H, N, n)
         moved = scores[0][0].nbytes + 4 * N * 32 * 12
-        print(f"product-key top 32 of {n} x {n}, {4 * N} queries, float32")
+        print(f"product-key top 32 of {n} x {n}, {4 * N} queries, {str(dtype)[6:]}")
         row("ours", lambda s: topk_sums(s, 32), scores, device, moved, copy_rate)
         row("torch.topk", lambda s: topk_sums_reference(s, 32), scores, device, moved, copy_rate)
     S, D = slots[1], dims[1]
@@ -615,7 +622,6 @@ def main():
             ax.set(xlabel=xlabel, ylabel="GB/s, forward", title=f"{name}: {N} tokens x {R} reads", ylim=0)
             ax.set_xscale("log", base=2)
         axes[0].legend(fontsize=8)
-        os.makedirs("assets", exist_ok=True)
         fig.savefig("assets/kernel.png", dpi=80)
         print("drawn: assets/kernel.png")
 
