@@ -358,7 +358,7 @@ if triton is not None:
         slot = tl.load(slots + row * K + k, mask=k < K, other=0).to(tl.int32)                       # (BLOCK_K,), as all but i below
         half = tl.where(k < K, tl.where(side == 0, slot // n, slot % n), n)
         word = tl.sort((half.to(tl.int64) << 32) | k.to(tl.int64))
-        half, share = (word >> 32).to(tl.int32), tl.load(grad + row * K + (word & 0xFFFFFFFF), mask=word >> 32 < n, other=0.0)
+        half, share = (word >> 32).to(tl.int32), tl.load(grad + row * K + (word & 0x7FFFFFFF), mask=word >> 32 < n, other=0.0)
         begins = half != tl.where(k > 0, tl.gather(half, tl.maximum(k - 1, 0), 0), -1)
         ends = half != tl.where(k < BLOCK_K - 1, tl.gather(half, tl.minimum(k + 1, BLOCK_K - 1), 0), -1)
         total, _ = tl.associative_scan((share, begins), 0, add_from)
@@ -376,7 +376,7 @@ def topk_sums_op(scores: torch.Tensor, K: int) -> tuple[torch.Tensor, torch.Tens
         slots = torch.empty_like(best, dtype=torch.int64)                                                # (..., K)
         if rows:
             topk_sums_kernel[(rows,)](scores.contiguous(), pairs, best, slots, rows, n, K, pairs.shape[1],
-                                      *(triton.next_power_of_2(x) for x in (n, K, pairs.shape[1])),
+                                      *(max(triton.next_power_of_2(x), 2) for x in (n, K, pairs.shape[1])),  # 2: Triton 3.6 sorts no single one
                                       num_warps=min(max(n // (1024 if scores.dtype == torch.bfloat16 else 512), 1), 8))
         return best, slots
     if scores.device.type == "cpu" and scores.dtype == torch.float32 and scores.shape[-1] <= 256:
@@ -390,8 +390,8 @@ def topk_sums_backward_op(grad: torch.Tensor, slots: torch.Tensor, n: int, dtype
     if uses_triton(grad.device) and grad.dtype != torch.float64:
         grad_scores = grad.new_empty(2, *slots.shape[:-1], n, dtype=dtype)                               # (2, ..., n)
         if rows:
-            topk_sums_backward_kernel[(rows, 2)](grad.contiguous(), slots, grad_scores, rows, n, K, triton.next_power_of_2(n),
-                                                 max(triton.next_power_of_2(K), 2), num_warps=1)
+            topk_sums_backward_kernel[(rows, 2)](grad.contiguous(), slots, grad_scores, rows, n, K,
+                                                 *(max(triton.next_power_of_2(x), 2) for x in (n, K)), num_warps=1)
         return grad_scores
     halves = torch.stack((slots // n, slots % n))                                                        # (2, ..., K)
     return grad.new_zeros(2, *slots.shape[:-1], n).scatter_add_(-1, halves, grad.expand_as(halves)).to(dtype)  # (2, ..., n)

@@ -490,6 +490,32 @@ def test_kernels_build_for_gpus(name, arch):
     assert "atom" not in ptx and "red.global" not in ptx                   # no float atomics: the same bits on every run
 
 
+@pytest.mark.parametrize("n, K", [(1, 1), (7, 1), (40, 16)])
+def test_selection_of_any_size_builds(n, K, monkeypatch):
+    """With the sizes that a launch would take: Triton 3.6 cannot sort a single number."""
+    if kernel.INTERPRETED:
+        pytest.skip("TRITON_INTERPRET is set: there is nothing to compile")
+    launches = {}
+
+    class Recorder:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return lambda *arguments, num_warps: launches.update({self.name: arguments})
+    with monkeypatch.context() as m:
+        m.setattr(kernel, "uses_triton", lambda device: True)
+        for name in ("topk_sums_kernel", "topk_sums_backward_kernel"):
+            m.setattr(kernel, name, Recorder(name))
+        torch.ops.nanomemory.topk_sums(torch.zeros(2, 3, n), K)
+        torch.ops.nanomemory.topk_sums_backward(torch.zeros(3, K), torch.zeros(3, K, dtype=torch.int64), n, torch.float32)
+    assert len(launches) == 2
+    for name, signature in (("topk_sums_kernel", "*fp32 *i64 *fp32 *i64 i32 i32 i32 i32"), ("topk_sums_backward_kernel", "*fp32 *i64 *fp32 i32 i32 i32")):
+        names = [p.name for p in getattr(kernel, name).params]
+        constants = {k: x for k, x in zip(names, launches[name]) if not torch.is_tensor(x) and (k.startswith("BLOCK") or x == 1)}
+        assert "st.global" in build(name, signature, constants, 90, 1)[0]
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     sys.exit(check_triton(sys.argv[1]) > 0)
