@@ -34,7 +34,9 @@ except ImportError as e:  # Windows, macOS: everything works without it
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU, slowly, in float32: for tests and for learning
 _backend = "auto"
-warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+with warnings.catch_warnings():  # torch says once that sparse tensors are in beta: let it be now
+    warnings.simplefilter("ignore")
+    torch.sparse_csr_tensor([0, 0], [], [], (1, 1))
 
 
 def backend(name=None):
@@ -119,8 +121,8 @@ def gather_backward_torch(grad_y, values, indices, weights, wants_values):
         starts = torch.searchsorted(slots, torch.arange(S + 1, dtype=torch.int32, device=slots.device))  # (S+1,)
         token = tokens[:, None].expand(N, R).reshape(-1).index_select(0, order)                          # (N*R,)
         grad_values = bag(grad_y, token, weights.view(-1).index_select(0, order), starts)                # (S, D)
-    if values.device.type != "cpu" or R > S or indices.numel() == 0:  # there is no sampled_addmm, or no need for it
-        return grad_values, torch.einsum("nd,nrd->nr", grad_y, values[indices])  # (S, D), (N, R)
+    if values.device.type != "cpu" or R > S or indices.numel() == 0:  # there is no sampled_addmm, or the whole product is no larger
+        return grad_values, (grad_y @ values.T).gather(1, indices.long()) if R > S else torch.einsum("nd,nrd->nr", grad_y, values[indices])  # (N, R)
     places = torch.sparse_csr_tensor(torch.arange(0, N * R + 1, R, device=values.device), indices.long().view(-1), weights.view(-1),
                                      (N, S), check_invariants=False)        # (N, S), R of them in each row
     return grad_values, torch.sparse.sampled_addmm(places, grad_y, values.T, beta=0.0).values().view(N, R)  # (S, D), (N, R)
@@ -208,12 +210,11 @@ def gather_backward_triton(grad_y, values, indices, weights, grad_sum, chunk=128
     slots, order = group_by_slot(indices)                                   # (L,), (L,), L = N * R
     tokens, order = (order // R).int(), order.int()                         # (L,) both
     block_d, first = min(tile(D)[1], 256), True
-    blocks = triton.cdiv(D, block_d)
-    grad_w = weights.new_empty(blocks, N, R)                                # (D blocks, N, R)
+    grad_w = weights.new_empty(triton.cdiv(D, block_d), N, R)               # (D blocks, N, R)
     while True:  # lookups, then the edges of their chunks, then the edges of those, ...
         L, programs = len(slots), triton.cdiv(len(slots), chunk)
         edges, edge_slots = weights.new_zeros(2 * programs, D), slots.new_empty(2 * programs)
-        gather_backward_kernel[(programs, blocks)](grad_y, values, weights, slots, order, tokens, grad_w, grad_sum, edges, edge_slots, L, D,
+        gather_backward_kernel[(programs, len(grad_w))](grad_y, values, weights, slots, order, tokens, grad_w, grad_sum, edges, edge_slots, L, D,
                                                    chunk, block_d, first, num_warps=1)
         if programs == 1:
             return grad_w.sum(0)                                            # (N, R)
@@ -558,8 +559,8 @@ def measure(S, D, N, R, device, dtype, copy_rate, hot=False):
         ways["indexing + einsum, compiled"] = torch.compile(gather_reference)
     number, lookups = values.element_size(), N * R
     forward = (lookups + N) * D * number + lookups * 12              # rows, the result, an index and a weight for each
-    touched = len(inputs[0][0].unique()) * D                         # numbers of the table that are read at least once
-    backward = touched * (number + 4) + N * D * number + lookups * (12 + 8 + 4)  # those, their gradient, grad_y, what sorting leaves, grad_w
+    # the rows that are read at least once, their gradient, grad_y, what sorting leaves, grad_w
+    backward = len(inputs[0][0].unique()) * D * (number + 4) + N * D * number + lookups * (12 + 8 + 4)
     with torch.no_grad():
         rates = {name: row(f"{name}, forward", lambda i, w: way(values, i, w), inputs, device, forward, copy_rate) for name, way in ways.items()}
     total, table = torch.randn(S, D, device=device), values.requires_grad_()                    # (S, D) both

@@ -468,7 +468,7 @@ if kernel.triton is not None:
             BUILDS[f"gather {number} {D}"] = ("gather_kernel", f"*{number} *i64 *fp32 *{number} i32 i32",
                                               dict(BLOCK_R=rows, BLOCK_D=block_d), warps, rows * block_d * (4 if number == "fp32" else 2) // (16 * 32 * warps), 96)
         BUILDS[f"backward {number}"] = ("gather_backward_kernel", f"*{number} *{number} *fp32 *i32 *i32 *i32 *fp32 *fp32 *fp32 *i32 i32 i32",
-                                        dict(CHUNK=128, BLOCK_D=256, FIRST=True), 1, 8 if number == "fp32" else 4, 64)
+                                        dict(CHUNK=128, BLOCK_D=256, FIRST=True), 1, 12 if number == "fp32" else 8, 64)
         BUILDS[f"topk {number}"] = ("topk_sums_kernel", f"*{number} *i64 *fp32 *i64 i32 i32 i32 i32",
                                     dict(BLOCK_N=256, BLOCK_K=32, BLOCK_M=128), 1, 2, 128)
     BUILDS["topk backward"] = ("topk_sums_backward_kernel", "*fp32 *i64 *fp32 i32 i32 i32", dict(BLOCK_N=1024, BLOCK_K=32), 1, 8, 64)
