@@ -5,7 +5,7 @@ The operations a memory layer is made of, each as a plain definition beside a fa
     topk_sums   the K largest of the n*n sums scores[0, i] + scores[1, j]     find those slots from 2n scores
     adamw_      one step of AdamW on a bfloat16 table                          train a table in 10 bytes a value
 
-    python kernel.py            check every fast version against its definition, then print a table of ms and GB/s
+    python kernel.py            check gather and topk_sums against their definitions, then print a table of ms and GB/s
     python kernel.py --plot     the same, and draw bandwidth over the value dim and the number of slots to assets/kernel.png
 
 A memory layer does two flops for each number it reads: it is bound by memory bandwidth, and everything below is about moving fewer
@@ -58,11 +58,10 @@ def uses_triton(device):
 
 def describe_backend(device):
     """One line for the start of a run: which path the memory's operations take on this device, and why."""
-    device = torch.device(device)
     if uses_triton(device):
         return f"memory: Triton kernels ({'interpreted on the CPU' if INTERPRETED else torch.cuda.get_device_name(device)})"
     why = "chosen by backend()" if _backend == "torch" else TRITON_MISSING or (
-        "TRITON_INTERPRET is set" if device.type == "cuda" else f"Triton needs a CUDA GPU, this is {device.type}")
+        "TRITON_INTERPRET is set" if torch.device(device).type == "cuda" else f"Triton needs a CUDA GPU, this is {device}")
     return f"memory: torch's embedding_bag, numpy's sort ({why})"
 
 
@@ -81,15 +80,15 @@ def gather(values, indices, weights, grad_sum=None):
 
     values (S, D) float32, bfloat16 or float64; indices (N, R) int32 or int64, each in [0, S); weights (N, R), cast to values' dtype
     (float32 if that is bfloat16). Returns (N, D) in values' dtype, summed in at least float32. Differentiable in values and weights,
-    and the same bits on every run: no float atomics. grad_sum (S, D) float32: the gradient of the values is added to it in place, only
-    in rows that were read, and values itself needs no grad. Raises ValueError for shapes that do not fit.
+    and the same bits on every run: no float atomics. grad_sum (S, D) float32: the gradient of the values is added to it in place (by Triton
+    only in rows that were read), and values itself needs no grad. Raises ValueError for shapes that do not fit.
     """
     if values.dim() != 2 or indices.dim() != 2 or indices.shape != weights.shape or indices.numel() >= 2**31:
         raise ValueError(f"gather wants values (S, D) and indices, weights of one shape (N, R), N*R < 2^31; got values {tuple(values.shape)}, "
                          f"indices {tuple(indices.shape)}, weights {tuple(weights.shape)}")
     weights = weights.to(torch.promote_types(values.dtype, torch.float32))  # (N, R)
     if values.device.type == "mps" and grad_sum is None:
-        return gather_reference(values, indices, weights)  # no sampled_addmm there
+        return gather_reference(values, indices, weights)  # (N, D): few operations exist there
     return torch.ops.nanomemory.gather(values.contiguous(), indices.contiguous(), weights.contiguous(), grad_sum)
 
 
@@ -111,20 +110,21 @@ def bag(values, indices, weights, starts=None):
                            include_last_offset=starts is not None)
 
 
-def gather_backward_torch(grad_y, values, indices, weights, wants_values):
+def gather_backward_torch(grad_y, values, indices, weights):
     """The gradient of the table is another forward: for slot s, the weighted sum of the grad_y of the tokens that read s. That of a
     weight is <grad_y[t], values[indices[t, r]]>: entries of the matrix product grad_y values^T at N*R of its N*S places."""
-    (N, R), S, grad_values = indices.shape, len(values), None
-    grad_y, values, tokens = grad_y.to(weights.dtype), values.to(weights.dtype), torch.arange(N, device=values.device)
-    if wants_values:
-        slots, order = group_by_slot(indices)                               # (N*R,), (N*R,)
-        starts = torch.searchsorted(slots, torch.arange(S + 1, dtype=torch.int32, device=slots.device))  # (S+1,)
-        token = tokens[:, None].expand(N, R).reshape(-1).index_select(0, order)                          # (N*R,)
-        grad_values = bag(grad_y, token, weights.view(-1).index_select(0, order), starts)                # (S, D)
-    if values.device.type != "cpu" or R > S or indices.numel() == 0:  # there is no sampled_addmm, or the whole product is no larger
-        return grad_values, (grad_y @ values.T).gather(1, indices.long()) if R > S else torch.einsum("nd,nrd->nr", grad_y, values[indices])  # (N, R)
+    (N, R), S = indices.shape, len(values)
+    grad_y, values = grad_y.to(weights.dtype), values.to(weights.dtype)     # (N, D), (S, D)
+    slots, order = group_by_slot(indices)                                   # (N*R,), (N*R,)
+    starts = torch.searchsorted(slots, torch.arange(S + 1, dtype=torch.int32, device=slots.device))      # (S+1,)
+    tokens = torch.arange(N, device=values.device)[:, None].expand(N, R).reshape(-1).index_select(0, order)  # (N*R,): order // R, but faster
+    grad_values = bag(grad_y, tokens, weights.view(-1).index_select(0, order), starts)                   # (S, D)
+    if R > S:  # the whole product is no larger
+        return grad_values, (grad_y @ values.T).gather(1, indices.long())   # (S, D), (N, R)
+    if values.device.type != "cpu" or indices.numel() == 0:  # there is no sampled_addmm
+        return grad_values, torch.einsum("nd,nrd->nr", grad_y, values[indices])  # (S, D), (N, R)
     places = torch.sparse_csr_tensor(torch.arange(0, N * R + 1, R, device=values.device), indices.long().view(-1), weights.view(-1),
-                                     (N, S), check_invariants=False)        # (N, S), R of them in each row
+                                     (N, S), check_invariants=False)        # (N, S), R places in each row; what stands there is not used
     return grad_values, torch.sparse.sampled_addmm(places, grad_y, values.T, beta=0.0).values().view(N, R)  # (S, D), (N, R)
 
 
@@ -140,8 +140,8 @@ if triton is not None:
             r = r0 + tl.arange(0, BLOCK_R)                                  # (BLOCK_R,)
             slot = tl.load(indices + t * R + r, mask=r < R, other=0).to(tl.int64)  # (BLOCK_R,): 64 bits, since S*D may pass 2^31
             w = tl.load(weights + t * R + r, mask=r < R, other=0.0)         # (BLOCK_R,)
-            row = tl.load(values + slot[:, None] * D + d[None, :], mask=(r < R)[:, None] & (d < D)[None, :], other=0.0)
-            total += tl.sum(w[:, None] * row.to(tl.float32), axis=0)        # (BLOCK_D,): rows are in the same thread, no shuffles
+            row = tl.load(values + slot[:, None] * D + d[None, :], mask=(r < R)[:, None] & (d < D)[None, :], other=0.0)  # (BLOCK_R, BLOCK_D)
+            total += tl.sum(w[:, None] * row.to(tl.float32), axis=0)        # (BLOCK_D,): from D = 256 on, each thread sums its own dims
         tl.store(y + t * D + d, total.to(y.dtype.element_ty), mask=d < D)
 
     @triton.jit
@@ -152,9 +152,9 @@ if triton is not None:
         everyone reads is many programs' work. Sums of slots that lie whole in the chunk are added to grad_sum; the first and the last may
         go on in a neighbour, so their parts go to edges: lookups again, 2 for each program, in order and of weight 1, for the next round
         (not FIRST). grad_y (N, D), values (S, D), weights, slots, order, tokens (L,), grad_w (D blocks, L), grad_sum (S, D), edges
-        (2 * programs, D)."""
+        (2 * programs, D), edge_slots (2 * programs,)."""
         p, block = tl.program_id(0), tl.program_id(1)
-        # 4 dims a thread, 16 bytes of float32, in all that is read: other threads' dims would have to be sent to them
+        # 4 dims a thread, 16 bytes of float32, in values and grad_y alike: nothing is sent from thread to thread
         d = block * BLOCK_D + tl.max_contiguous(tl.arange(0, BLOCK_D), 4)   # (BLOCK_D,)
         begin, end = p * CHUNK, tl.minimum(p * CHUNK + CHUNK, L)
         head = tl.load(slots + begin - 1, mask=p > 0, other=-1)             # the slot that may have begun in the program before
@@ -166,10 +166,10 @@ if triton is not None:
             tl.store(edge_slots + 2 * p + 1, tl.load(slots + end - 1))
         for i in range(end - begin):
             l = begin + i
-            row, following = slot.to(tl.int64) * D + d, tl.load(slots + l + 1, mask=l + 1 < end, other=-1)        # (BLOCK_D,), ()
+            at, following = slot.to(tl.int64) * D + d, tl.load(slots + l + 1, mask=l + 1 < end, other=-1)        # (BLOCK_D,), ()
             if FIRST:
                 position, token = tl.load(order + l), tl.load(tokens + l)
-                w, v = tl.load(weights + position), tl.load(values + row, mask=d < D, other=0.0).to(tl.float32)   # (), (BLOCK_D,)
+                w, v = tl.load(weights + position), tl.load(values + at, mask=d < D, other=0.0).to(tl.float32)    # (), (BLOCK_D,)
             else:
                 w, token = 1.0, l
             g = tl.load(grad_y + token.to(tl.int64) * D + d, mask=d < D, other=0.0).to(tl.float32)                # (BLOCK_D,)
@@ -182,24 +182,14 @@ if triton is not None:
                 elif slot == tail:
                     tl.store(edge_row + D, total, mask=d < D)
                 else:
-                    tl.store(grad_sum + row, tl.load(grad_sum + row, mask=d < D, other=0.0) + total, mask=d < D)
+                    tl.store(grad_sum + at, tl.load(grad_sum + at, mask=d < D, other=0.0) + total, mask=d < D)
                 slot, total = following, tl.zeros((BLOCK_D,), tl.float32)   # (), (BLOCK_D,)
 
 
 def tile(D):
-    """Dims and rows of a tile of about 2,048 numbers, and the warps for it: at 8 numbers a thread a bfloat16 row is read 16 bytes at a time.
-    A power of two that covers a small D, or divides a large one."""
+    """Rows, dims (a power of two) and warps of a tile. A thread reads 8 numbers of a row: 16 bytes of bfloat16."""
     block_d = min(max(D & -D, 256), triton.next_power_of_2(max(D, 1)), 1024)
     return max(2048 // block_d, 4), block_d, max(block_d // 256, 1)
-
-
-def gather_triton(values, indices, weights):
-    (N, R), D = indices.shape, values.shape[1]
-    y, (rows, block_d, warps) = values.new_empty(N, D), tile(D)             # (N, D)
-    if y.numel():
-        gather_kernel[(N, triton.cdiv(D, block_d))](values, indices, weights, y, R, D, min(rows, triton.next_power_of_2(max(R, 1))), block_d,
-                                                    num_warps=warps)
-    return y
 
 
 def gather_backward_triton(grad_y, values, indices, weights, grad_sum, chunk=128):
@@ -213,7 +203,7 @@ def gather_backward_triton(grad_y, values, indices, weights, grad_sum, chunk=128
     grad_w = weights.new_empty(triton.cdiv(D, block_d), N, R)               # (D blocks, N, R)
     while True:  # lookups, then the edges of their chunks, then the edges of those, ...
         L, programs = len(slots), triton.cdiv(len(slots), chunk)
-        edges, edge_slots = weights.new_zeros(2 * programs, D), slots.new_empty(2 * programs)
+        edges, edge_slots = weights.new_zeros(2 * programs, D), slots.new_empty(2 * programs)     # (2 * programs, D), (2 * programs,)
         gather_backward_kernel[(programs, len(grad_w))](grad_y, values, weights, slots, order, tokens, grad_w, grad_sum, edges, edge_slots, L, D,
                                                    chunk, block_d, first, num_warps=1)
         if programs == 1:
@@ -225,7 +215,12 @@ def gather_backward_triton(grad_y, values, indices, weights, grad_sum, chunk=128
 @torch.library.custom_op("nanomemory::gather", mutates_args=())
 def gather_op(values: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, grad_sum: torch.Tensor | None) -> torch.Tensor:
     if uses_triton(values.device) and values.dtype != torch.float64:
-        return gather_triton(values, indices, weights)
+        (N, R), D = indices.shape, values.shape[1]
+        y, (rows, block_d, warps) = values.new_empty(N, D), tile(D)         # (N, D)
+        if y.numel():
+            gather_kernel[(N, triton.cdiv(D, block_d))](values, indices, weights, y, R, D, min(rows, triton.next_power_of_2(max(R, 1))),
+                                                        block_d, num_warps=warps)
+        return y
     if values.dtype == torch.bfloat16 and indices.numel() < len(values):
         return gather_reference(values, indices, weights)  # a few rows: do not widen the whole table for them
     return bag(values, indices, weights).to(values.dtype)
@@ -233,24 +228,21 @@ def gather_op(values: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
 
 @torch.library.custom_op("nanomemory::gather_backward", mutates_args=("grad_sum",))
 def gather_backward_op(grad_y: torch.Tensor, values: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor,
-                       grad_sum: torch.Tensor | None, wants_values: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> the gradient of the values (S, D), empty where not wanted or added to grad_sum; that of the weights (N, R)."""
-    into = grad_sum
+                       grad_sum: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> the gradient of the values (S, D), empty if it was added to grad_sum; that of the weights (N, R)."""
     if uses_triton(values.device) and values.dtype != torch.float64:
-        into = torch.zeros_like(values, dtype=torch.float32) if into is None else into
-        grad_w = gather_backward_triton(grad_y, values, indices, weights, into)
-        return into.to(values.dtype) if wants_values and grad_sum is None else values.new_empty(0), grad_w
-    grad_v, grad_w = gather_backward_torch(grad_y, values, indices, weights, wants_values or into is not None)
-    if into is not None:
-        into += grad_v
-    return grad_v.to(values.dtype) if wants_values and into is None else values.new_empty(0), grad_w
+        total = torch.zeros_like(values, dtype=torch.float32) if grad_sum is None else grad_sum                       # (S, D)
+        grad_w = gather_backward_triton(grad_y, values, indices, weights, total)                                      # (N, R)
+    else:
+        total, grad_w = gather_backward_torch(grad_y, values, indices, weights)                                       # (S, D), (N, R)
+        if grad_sum is not None:
+            grad_sum += total
+    return total.to(values.dtype) if grad_sum is None else values.new_empty(0), grad_w
 
 
 def gather_autograd(ctx, grad_y):
-    values, indices, weights = ctx.saved_tensors
-    wants_values = ctx.needs_input_grad[0]
-    grad_v, grad_w = gather_backward_op(grad_y.contiguous(), values, indices, weights, ctx.grad_sum, wants_values)
-    return grad_v if wants_values and ctx.grad_sum is None else None, None, grad_w, None
+    grad_v, grad_w = gather_backward_op(grad_y.contiguous(), *ctx.saved_tensors, ctx.grad_sum)
+    return grad_v if ctx.grad_sum is None else None, None, grad_w, None
 
 
 def gather_save(ctx, inputs, output):
@@ -259,8 +251,8 @@ def gather_save(ctx, inputs, output):
 
 
 gather_op.register_fake(lambda values, indices, weights, grad_sum: values.new_empty(len(indices), values.shape[1]))
-gather_backward_op.register_fake(lambda grad_y, values, indices, weights, grad_sum, wants_values: (
-    torch.empty_like(values) if wants_values and grad_sum is None else values.new_empty(0), torch.empty_like(weights)))
+gather_backward_op.register_fake(lambda grad_y, values, indices, weights, grad_sum: (
+    torch.empty_like(values) if grad_sum is None else values.new_empty(0), torch.empty_like(weights)))
 gather_op.register_autograd(gather_autograd, setup_context=gather_save)
 
 
@@ -275,17 +267,17 @@ def candidates(K, device="cpu"):
 
 
 def topk_sums_reference(scores, K):
-    """The definition, with torch.topk: the K best of each half, the sums of their candidate pairs, the K best of those."""
+    """The method with torch.topk: the K best of each half, the sums of their candidate pairs, the K best of those."""
     n, (first, second) = scores.shape[-1], candidates(K, scores.device)     # (M,), (M,)
     best, halves = scores.topk(K, dim=-1)                                   # (2, ..., K) both
     best = best.to(torch.promote_types(scores.dtype, torch.float32))        # (2, ..., K)
-    best, pick = (best[0][..., first] + best[1][..., second]).topk(K, dim=-1)  # (..., K) both, of the M sums
-    return best, halves[0].gather(-1, first[pick]) * n + halves[1].gather(-1, second[pick])  # (..., K) both
+    sums, pick = (best[0][..., first] + best[1][..., second]).topk(K, dim=-1)  # (..., K) both, of the M sums
+    return sums, halves[0].gather(-1, first[pick]) * n + halves[1].gather(-1, second[pick])  # (..., K) both
 
 
 def sort_largest(packed, K):
     """Sort rows of 64-bit words, in place, by the float32 in the high half; an index in the low half goes along. packed (rows, n) int64 ->
-    its last K columns, largest first. A float32 with 32 more bits is in the same order as a float64: numpy sorts those in vectors, where
+    its last K columns, largest first. Read as a float64, such a word sorts by its float32: numpy sorts those in vectors, where
     torch.topk branches at each number."""
     packed.view(torch.float64).numpy().sort()
     return packed[:, -K:].flip(-1)                                          # (rows, K)
@@ -309,11 +301,6 @@ def topk_sums_cpu(scores, K):
 
 if triton is not None:
     @triton.jit
-    def add_from(x, x_starts, y, y_starts):
-        """Two neighbouring stretches of a sum that begins anew where starts is true."""
-        return tl.where(y_starts, y, x + y), x_starts | y_starts
-
-    @triton.jit
     def turn(bits):
         return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)                  # floats as integers: negative ones count backwards
 
@@ -323,7 +310,7 @@ if triton is not None:
         the lower half of its float32 is free, and half the bits are half the work."""
         bits = turn(score.to(tl.float32).to(tl.int32, bitcast=True))
         if score.dtype == tl.bfloat16:
-            word = tl.where(mask, (bits & -65536) | index, -2147483648)
+            word = tl.where(mask, (bits & -65536) | index, -2147483648)     # -65536 is 0xFFFF0000
         else:
             word = tl.where(mask, (bits.to(tl.int64) << 32) | index.to(tl.int64), -9223372036854775808)
         return word
@@ -340,33 +327,38 @@ if triton is not None:
     def topk_sums_kernel(scores, pairs, best, slots, rows, n, K, M, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr):
         """One program: one query, all in registers. Reads its 2n scores, writes K sums and slots; the K*K grid and the sorted halves
         never reach memory. scores (2, rows, n), pairs (2, M), best, slots (rows, K)."""
-        row = tl.program_id(0).to(tl.int64)
-        i, m, k = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
-        a, ai = unpack(tl.topk(pack(tl.load(scores + row * n + i, mask=i < n, other=0.0), i, i < n), BLOCK_K))            # (BLOCK_K,)
-        b, bi = unpack(tl.topk(pack(tl.load(scores + (rows + row) * n + i, mask=i < n, other=0.0), i, i < n), BLOCK_K))   # (BLOCK_K,)
-        first, second = tl.load(pairs + m, mask=m < M, other=0).to(tl.int32), tl.load(pairs + M + m, mask=m < M, other=0).to(tl.int32)
+        query = tl.program_id(0).to(tl.int64)
+        i, m, k = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)             # (BLOCK_N,), (BLOCK_M,), (BLOCK_K,)
+        left = tl.load(scores + query * n + i, mask=i < n, other=0.0)       # (BLOCK_N,)
+        right = tl.load(scores + (rows + query) * n + i, mask=i < n, other=0.0)                   # (BLOCK_N,)
+        a, ai = unpack(tl.topk(pack(left, i, i < n), BLOCK_K))              # (BLOCK_K,) both, largest first
+        b, bi = unpack(tl.topk(pack(right, i, i < n), BLOCK_K))             # (BLOCK_K,) both
+        first = tl.load(pairs + m, mask=m < M, other=0).to(tl.int32)        # (BLOCK_M,)
+        second = tl.load(pairs + M + m, mask=m < M, other=0).to(tl.int32)   # (BLOCK_M,)
         total = tl.gather(a, first, 0) + tl.gather(b, second, 0)            # (BLOCK_M,)
         slot = tl.gather(ai, first, 0) * n + tl.gather(bi, second, 0)       # (BLOCK_M,)
         total, slot = unpack(tl.topk(pack(total, slot, m < M), BLOCK_K))    # (BLOCK_K,) both
-        tl.store(best + row * K + k, total, mask=k < K)
-        tl.store(slots + row * K + k, slot.to(tl.int64), mask=k < K)
+        tl.store(best + query * K + k, total, mask=k < K)
+        tl.store(slots + query * K + k, slot.to(tl.int64), mask=k < K)
 
     @triton.jit
-    def topk_sums_backward_kernel(grad, slots, grad_scores, rows, n, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-        """One program: the gradient of one half's n scores for one query. The K shares are sorted by the half-key they belong to, added
-        up in that order and written over zeros: a scatter would need atomics. grad, slots (rows, K), grad_scores (2, rows, n)."""
-        row, side, i, k = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-        slot = tl.load(slots + row * K + k, mask=k < K, other=0).to(tl.int32)                       # (BLOCK_K,), as all but i below
-        half = tl.where(k < K, tl.where(side == 0, slot // n, slot % n), n)
-        word = tl.sort((half.to(tl.int64) << 32) | k.to(tl.int64))
-        half, share = (word >> 32).to(tl.int32), tl.load(grad + row * K + (word & 0x7FFFFFFF), mask=word >> 32 < n, other=0.0)
-        begins = half != tl.where(k > 0, tl.gather(half, tl.maximum(k - 1, 0), 0), -1)
-        ends = half != tl.where(k < BLOCK_K - 1, tl.gather(half, tl.minimum(k + 1, BLOCK_K - 1), 0), -1)
-        total, _ = tl.associative_scan((share, begins), 0, add_from)
-        grad_scores += (side * rows + row) * n
+    def topk_sums_backward_kernel(grad, slots, grad_scores, rows, n, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr):
+        """One program: the gradient of one half's n scores for one query. Each of the K winners sums up the shares of all winners with its
+        half-key and writes that over zeros. They sum in one order, so all who write to one place write the same bits: no atomics.
+        grad, slots (rows, K), grad_scores (2, rows, n)."""
+        query, side, i, k = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+        divisor = tl.where(side == 0, n, 1)                                 # slot = i * n + j: its half-key is slot // n, or slot % n
+        half = tl.load(slots + query * K + k, mask=k < K, other=0).to(tl.int32) // divisor % n          # (BLOCK_K,)
+        total = tl.zeros((BLOCK_K,), tl.float32)                            # (BLOCK_K,)
+        for j0 in range(0, K, BLOCK_J):
+            j = j0 + tl.arange(0, BLOCK_J)                                  # (BLOCK_J,)
+            share = tl.load(grad + query * K + j, mask=j < K, other=0.0)    # (BLOCK_J,)
+            other = tl.load(slots + query * K + j, mask=j < K, other=0).to(tl.int32) // divisor % n     # (BLOCK_J,)
+            total += tl.sum(tl.where(other[:, None] == half[None, :], share[:, None], 0.0), axis=0)     # (BLOCK_K,)
+        grad_scores += (side * rows + query) * n
         tl.store(grad_scores + i, tl.zeros((BLOCK_N,), grad_scores.dtype.element_ty), mask=i < n)
-        tl.debug_barrier()
-        tl.store(grad_scores + half, total.to(grad_scores.dtype.element_ty), mask=ends & (half < n))
+        tl.debug_barrier()  # the zeros first
+        tl.store(grad_scores + half, total.to(grad_scores.dtype.element_ty), mask=k < K)
 
 
 @torch.library.custom_op("nanomemory::topk_sums", mutates_args=())
@@ -391,8 +383,9 @@ def topk_sums_backward_op(grad: torch.Tensor, slots: torch.Tensor, n: int, dtype
     if uses_triton(grad.device) and grad.dtype != torch.float64:
         grad_scores = grad.new_empty(2, *slots.shape[:-1], n, dtype=dtype)                               # (2, ..., n)
         if rows:
-            topk_sums_backward_kernel[(rows, 2)](grad.contiguous(), slots, grad_scores, rows, n, K,
-                                                 *(max(triton.next_power_of_2(x), 2) for x in (n, K)), num_warps=1)
+            block_k = triton.next_power_of_2(K)
+            topk_sums_backward_kernel[(rows, 2)](grad.contiguous(), slots, grad_scores, rows, n, K, triton.next_power_of_2(n), block_k,
+                                                 min(block_k, max(1024 // block_k, 1)), num_warps=1)
         return grad_scores
     halves = torch.stack((slots // n, slots % n))                                                        # (2, ..., K)
     return grad.new_zeros(2, *slots.shape[:-1], n).scatter_add_(-1, halves, grad.expand_as(halves)).to(dtype)  # (2, ..., n)
@@ -440,17 +433,18 @@ def adamw_(values, grad_sum, m, v, step, lr, beta1, beta2, scale=1.0, eps=1e-8, 
     there; default (0, W). Bytes a value: 2 + 2 + 2 + 4 held; 10 read, 10 written. AdamW in float32: 16 held, 16 read, 12 written, and
     the gradient made, 4 more.
     """
-    (S, W), scale = values.shape, torch.as_tensor(scale, dtype=torch.float32, device=values.device)
-    first, D = columns or (0, W)
+    (S, W), (first, D) = values.shape, columns or (0, values.shape[1])
+    scale = scale if torch.is_tensor(scale) else torch.full((), scale, device=values.device)      # (): made there, nothing waits for it
     if uses_triton(values.device):
         block_s, block_w = max(1024 // triton.next_power_of_2(W), 1), min(triton.next_power_of_2(W), 1024)
         adamw_kernel[(triton.cdiv(S, block_s), triton.cdiv(W, block_w))](
             *(x.view(torch.int16) for x in (values, m, v)), grad_sum, scale, S, W, first, D, lr / (1 - beta1**step), beta1, beta2,
             (1 - beta2**step) ** -0.5, eps, step, block_s, block_w)
         return
-    noise = torch.Generator(values.device).manual_seed(step)
-    for p, g, m, v in zip(*(x.split(max(2**20 // D, 1)) for x in (values, grad_sum, m, v))):
-        g32, bits = g * scale, torch.randint(2**48, (len(g), D), device=g.device, generator=noise)[:, first:first + W]
+    generator = torch.Generator(values.device).manual_seed(step)
+    for p, g, m, v in zip(*(x.split(max(2**20 // D, 1)) for x in (values, grad_sum, m, v))):  # some rows at a time
+        g32 = g * scale                                                     # (rows, W)
+        bits = torch.randint(2**48, (len(g), D), device=g.device, generator=generator)[:, first:first + W]  # (rows, W)
         m32, v32 = m.float().lerp_(g32, 1 - beta1), v.float().lerp_(g32.square(), 1 - beta2)
         p32 = p.float().addcdiv_(m32, (v32 / (1 - beta2**step)).sqrt_().add_(eps), value=-lr / (1 - beta1**step))
         for i, (x, x32) in enumerate(((p, p32), (m, m32), (v, v32))):
@@ -460,14 +454,15 @@ def adamw_(values, grad_sum, m, v, step, lr, beta1, beta2, scale=1.0, eps=1e-8, 
 
 if triton is not None:
     @triton.jit
-    def wide(bits):
+    def widen(bits):
         return (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
 
     @triton.jit
     def narrow(x, noise):
-        return ((x.to(tl.int32, bitcast=True) + (noise & 0xFFFF).to(tl.int32)) >> 16).to(tl.int16)
+        bits = ((x.to(tl.int32, bitcast=True) + (noise & 0xFFFF).to(tl.int32)) >> 16).to(tl.int16)
+        return tl.where(x == x, bits, 0x7FC0).to(tl.int16)                  # a GPU's NaN is all ones, and one more would make it a zero
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["seed"])  # or steps 1 and 16 would be compiled for themselves
     def adamw_kernel(values, m, v, grad_sum, scale, S, W, first, D, rate, beta1, beta2, correct, eps, seed,
                      BLOCK_S: tl.constexpr, BLOCK_W: tl.constexpr):
         """One program: a tile of the table. values, m, v (S, W) bfloat16 as int16, grad_sum (S, W) float32, scale (). rate, correct: lr and
@@ -476,11 +471,11 @@ if triton is not None:
         d = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)              # (BLOCK_W,)
         i, here = s[:, None] * W + d[None, :], (s < S)[:, None] & (d < W)[None, :]  # (BLOCK_S, BLOCK_W) both, as all below
         g = tl.load(grad_sum + i, mask=here, other=0.0) * tl.load(scale)
-        m32 = wide(tl.load(m + i, mask=here, other=0))
-        v32 = wide(tl.load(v + i, mask=here, other=0))
+        m32 = widen(tl.load(m + i, mask=here, other=0))
+        v32 = widen(tl.load(v + i, mask=here, other=0))
         m32 += (1 - beta1) * (g - m32)
         v32 += (1 - beta2) * (g * g - v32)
-        p32 = wide(tl.load(values + i, mask=here, other=0)) - rate * m32 / (tl.sqrt(v32) * correct + eps)
+        p32 = widen(tl.load(values + i, mask=here, other=0)) - rate * m32 / (tl.sqrt(v32) * correct + eps)
         r0, r1, r2, _ = tl.randint4x(seed, s[:, None] * D + (first + d)[None, :], n_rounds=7)  # by the place in the whole table
         tl.store(values + i, narrow(p32, r0), mask=here)
         tl.store(m + i, narrow(m32, r1), mask=here)
@@ -495,7 +490,8 @@ def check(device, dtype):
     """Compare gather and topk_sums with their definitions on odd shapes; raise AssertionError with the case when they differ."""
     generator = torch.Generator().manual_seed(0)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2  # of the largest number: bfloat16 keeps 8 bits
-    for N, R, S, D in ((0, 4, 9, 8), (5, 1, 1, 1), (33, 3, 50, 7), (64, 32, 1000, 100), (17, 128, 300, 768), (300, 8, 3, 64)):
+    for N, R, S, D in ((0, 4, 9, 8), (5, 1, 1, 1), (33, 3, 50, 7), (64, 32, 1000, 100), (17, 128, 300, 768), (9, 16, 500, 512),
+                       (9, 128, 500, 1024), (300, 8, 3, 64)):
         values = torch.randn(S, D, generator=generator).to(device, dtype).requires_grad_()       # (S, D)
         weights = torch.rand(N, R, generator=generator).to(device).requires_grad_()             # (N, R)
         indices = torch.randint(S, (N, R), generator=generator).to(device)                      # (N, R)
@@ -506,22 +502,23 @@ def check(device, dtype):
         for name, a, b in zip(("y", "grad of values", "grad of weights"), (got, *torch.autograd.grad(got, (values, weights), grad)), want):
             error = ((a - b).abs().max() / b.abs().max().clamp(min=1e-9)).item() if b.numel() else 0.0
             assert error <= tolerance, f"gather, {name}: off by {error:.1e} at N {N}, R {R}, S {S}, D {D}, {dtype}"
-    for n, K in ((1, 1), (7, 7), (64, 16), (128, 32)):
-        scores = torch.randn(2, 20, 4, n, generator=generator).to(device, dtype)                # (2, 20, 4, n)
-        every = (scores[0].float()[..., :, None] + scores[1].float()[..., None, :]).flatten(-2)  # (20, 4, n*n)
-        best, slots = topk_sums(scores, K)                                                      # (20, 4, K) both
+    for n, K in ((1, 1), (7, 7), (64, 16), (128, 32), (1024, 32)):
+        scores = torch.randn(2, 5, 2, n, generator=generator).to(device, dtype)                # (2, 5, 2, n)
+        every = (scores[0].float()[..., :, None] + scores[1].float()[..., None, :]).flatten(-2)  # (5, 2, n*n)
+        best, slots = topk_sums(scores, K)                                                      # (5, 2, K) both
         assert torch.equal(best, every.topk(K).values) and torch.equal(best, every.gather(-1, slots)), f"topk_sums at n {n}, K {K}"
 
 
-def milliseconds(call, inputs, device, before=lambda: None, seconds=0.5):
-    """Median and quartiles of call(*inputs[i]) in ms; inputs rotate, so that no cache holds the rows from the last time. before() is
-    called ahead of each, untimed. A GPU is timed by its own clock, after half a ms of nothing in which the CPU can get ahead of it."""
-    times, begin, gpu = [], time.perf_counter(), device == "cuda"
+def milliseconds(call, inputs=((),), before=lambda: None, seconds=0.5):
+    """Quartiles of call(*inputs[i]) in ms, the second is the median; inputs rotate, so that no cache holds what the last call read. before() is called
+    ahead of each, untimed. A GPU is timed by its own clock, after two ms of nothing in which the CPU can get ahead of it."""
+    times, begin, gpu = [], time.perf_counter(), torch.cuda.is_available()
     started, done = (torch.cuda.Event(enable_timing=True) for _ in range(2)) if gpu else (None, None)
     while len(times) < 8 or (time.perf_counter() - begin < seconds and len(times) < 200):
+        begin = begin if len(times) > 3 else time.perf_counter()  # the first three compile and warm up
         before()
         if gpu:
-            torch.cuda._sleep(2**20)  # cycles
+            torch.cuda._sleep(2**22)  # cycles
             started.record()
         t = time.perf_counter()
         call(*inputs[len(times) % len(inputs)])
@@ -529,17 +526,16 @@ def milliseconds(call, inputs, device, before=lambda: None, seconds=0.5):
             done.record()
             done.synchronize()
         times.append(started.elapsed_time(done) if gpu else 1e3 * (time.perf_counter() - t))
-    low, middle, high = statistics.quantiles(times[3:], n=4)  # the first calls compile and warm up
-    return middle, low, high
+    return statistics.quantiles(times[3:], n=4)
 
 
-def row(name, call, inputs, device, moved, copy_rate, before=lambda: None):
+def time_row(name, call, moved, copy_rate, **more):
     """Time one way to do it and print a line of the table. moved: the bytes it has to move at least. Returns its GB/s."""
-    if device == "cuda":
+    if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    middle, low, high = milliseconds(call, inputs, device, before)
+    low, middle, high = milliseconds(call, **more)
     rate = moved / middle / 1e6
-    peak = f"{torch.cuda.max_memory_allocated() / 2**20:9.0f}" if device == "cuda" else "        -"
+    peak = f"{torch.cuda.max_memory_allocated() / 2**20:9.0f}" if torch.cuda.is_available() else "        -"
     print(f"  {name:50s}{middle:9.2f} [{low:7.2f}, {high:7.2f}]{rate:8.1f}{100 * rate / copy_rate:6.0f}%{peak}", flush=True)
     return rate
 
@@ -556,20 +552,21 @@ def measure(S, D, N, R, device, dtype, copy_rate, hot=False):
     ways = {"ours": gather, "F.embedding_bag": lambda v, i, w: F.embedding_bag(i, v, mode="sum", per_sample_weights=w.to(v.dtype)),
             "indexing + einsum": gather_reference}
     if device == "cuda":
-        ways["indexing + einsum, compiled"] = torch.compile(gather_reference)
+        torch._dynamo.reset()  # for these sizes alone
+        ways["indexing + einsum, compiled"] = torch.compile(gather_reference, dynamic=False)
     number, lookups = values.element_size(), N * R
     forward = (lookups + N) * D * number + lookups * 12              # rows, the result, an index and a weight for each
     # the rows that are read at least once, their gradient, grad_y, what sorting leaves, grad_w
     backward = len(inputs[0][0].unique()) * D * (number + 4) + N * D * number + lookups * (12 + 8 + 4)
     with torch.no_grad():
-        rates = {name: row(f"{name}, forward", lambda i, w: way(values, i, w), inputs, device, forward, copy_rate) for name, way in ways.items()}
-    total, table = torch.randn(S, D, device=device), values.requires_grad_()                    # (S, D) both
+        rates = {name: time_row(f"{name}, forward", lambda i, w: way(values, i, w), forward, copy_rate, inputs=inputs) for name, way in ways.items()}
+    total, values.requires_grad = torch.randn(S, D, device=device), True                        # (S, D)
     ways["ours, gradient added in place"] = lambda v, i, w: gather(v.detach(), i, w, total)
     for name, way in ways.items():
         def both(i, w):
-            table.grad = w.grad = None
-            way(table, i, w).backward(grad)
-        row(f"{name}, forward + backward", both, inputs, device, forward + backward, copy_rate)
+            values.grad = w.grad = None
+            way(values, i, w).backward(grad)
+        time_row(f"{name}, forward + backward", both, forward + backward, copy_rate, inputs=inputs)
     return rates
 
 
@@ -577,20 +574,20 @@ def main():
     p = argparse.ArgumentParser(description="check the kernels against their definitions, then time them")
     p.add_argument("--plot", action="store_true", help="draw bandwidth over the value dim and the slots to assets/kernel.png")
     args, gpu = p.parse_args(), torch.cuda.is_available()
-    device = "cuda" if gpu else "cpu"
-    dtypes = (torch.float32, torch.bfloat16) if gpu or not uses_triton("cpu") else (torch.float32,)
+    device, dtypes = "cuda" if gpu else "cpu", (torch.float32, torch.bfloat16)
     for dtype in dtypes:
         check(device, dtype)
-    print(f"{describe_backend(device)}\nall results agree with their definitions ({', '.join(str(d)[6:] for d in dtypes)})")
+    print(f"{describe_backend(device)}\ngather and topk_sums agree with their definitions ({', '.join(str(d)[6:] for d in dtypes)})")
     name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
     big = [torch.randn(2**28 if gpu else 2**25, device=device) for _ in range(2)]               # 1 GiB, or 128 MiB: larger than any cache
-    copy_rate = 2 * big[0].nbytes / milliseconds(lambda a, b: a.copy_(b), [big], device)[0] / 1e6
+    copy_rate = 2 * big[0].nbytes / milliseconds(lambda a, b: a.copy_(b), [big])[1] / 1e6
     del big
     print(f"{name}, torch {torch.__version__}: a copy moves {copy_rate:.0f} GB/s\n\n{'':52s}{'ms':>9s} [quartiles]{'GB/s':>15s} {'copy':>6s}{'peak MiB':>9s}")
-    N, R, dims, slots = (16384, 128, (256, 768, 1024), (2**16, 2**20, 2**22)) if gpu else (1024, 128, (64, 128, 512), (2**14, 2**16, 2**18))
+    N, R, dims, sizes = (16384, 128, (256, 768, 1024), (2**16, 2**20, 2**22)) if gpu else (1024, 128, (64, 128, 512), (2**14, 2**16, 2**18))
     curves = {}
     for dtype in dtypes if gpu else dtypes[:1]:
-        for S, D, hot in dict.fromkeys([(slots[1], D, False) for D in dims] + [(S, dims[-1], False) for S in slots] + [(slots[1], dims[-1], True)]):
+        gathers = [(sizes[1], D, False) for D in dims] + [(sizes[1], dims[-1], True)] + [(S, dims[-1], False) for S in sizes]
+        for S, D, hot in dict.fromkeys(gathers):
             for way, rate in measure(S, D, N, R, device, dtype, copy_rate, hot).items():
                 if not hot:
                     curves.setdefault(f"{way}, {str(dtype)[6:]}", {})[S, D] = rate
@@ -598,25 +595,24 @@ def main():
         scores = [(torch.randn(2, 4, N, n, device=device, dtype=dtype),) for _ in range(4)]     # (2, H, N, n)
         moved = scores[0][0].nbytes + 4 * N * 32 * 12
         print(f"product-key top 32 of {n} x {n}, {4 * N} queries, {str(dtype)[6:]}")
-        row("ours", lambda s: topk_sums(s, 32), scores, device, moved, copy_rate)
-        row("torch.topk", lambda s: topk_sums_reference(s, 32), scores, device, moved, copy_rate)
-    S, D = slots[1], dims[1]
+        time_row("ours", lambda s: topk_sums(s, 32), moved, copy_rate, inputs=scores)
+        time_row("torch.topk", lambda s: topk_sums_reference(s, 32), moved, copy_rate, inputs=scores)
+    S, D = sizes[1], dims[1]
     values, grad, m, v = (torch.randn(S, D, device=device) for _ in range(4))                   # (S, D) each
     print(f"AdamW on a table of {S} x {D}")
     values.grad = grad
-    row("torch.optim, float32, fused", torch.optim.AdamW([values], fused=True).step, [()], device, 28 * S * D, copy_rate)
+    time_row("torch.optim, float32, fused", torch.optim.AdamW([values], fused=True).step, 28 * S * D, copy_rate)
     rows = torch.randint(S, (N * R,), device=device).unique()                                   # those that a step reads
     values.grad = torch.sparse_coo_tensor(rows[None], grad[rows], (S, D), is_coalesced=True)
-    row(f"torch.optim.SparseAdam, the {len(rows) / S:.0%} of rows read", torch.optim.SparseAdam([values]).step, [()], device, 28 * len(rows) * D, copy_rate)
+    time_row(f"torch.optim.SparseAdam, the {len(rows) / S:.0%} of rows read", torch.optim.SparseAdam([values]).step, 28 * len(rows) * D, copy_rate)
     p, m, v = values.bfloat16(), m.bfloat16(), v.abs().bfloat16()
-    row("ours, bfloat16, rounded randomly", lambda: adamw_(p, grad, m, v, 10, 1e-3, 0.9, 0.99), [()], device, 20 * S * D, copy_rate, before=grad.normal_)
+    time_row("ours, bfloat16, rounded randomly", lambda: adamw_(p, grad, m, v, 10, 1e-3, 0.9, 0.99), 20 * S * D, copy_rate, before=grad.normal_)
     if args.plot:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-        fig, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, constrained_layout=True)
-        for ax, xs, at, xlabel in ((axes[0], dims, lambda D: (slots[1], D), f"value dim D, {slots[1]} slots"),
-                                   (axes[1], slots, lambda S: (S, dims[-1]), f"slots S, value dim {dims[-1]}")):
+        from matplotlib.figure import Figure
+        fig = Figure(figsize=(11, 4), layout="constrained")
+        axes = fig.subplots(1, 2, sharey=True)
+        for ax, xs, at, xlabel in ((axes[0], dims, lambda D: (sizes[1], D), f"value dim D, {sizes[1]} slots"),
+                                   (axes[1], sizes, lambda S: (S, dims[-1]), f"slots S, value dim {dims[-1]}")):
             for way, rates in curves.items():
                 ax.plot(xs, [rates[at(x)] for x in xs], "o-", label=way)
             ax.axhline(copy_rate, color="gray", ls="--", label="measured copy: the limit of memory")

@@ -20,9 +20,9 @@ from kernel import gather, gather_reference, group_by_slot, topk_sums
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOAT32, BFLOAT16 = 1e-5, 2**-8  # tolerance, of the largest number: 2^-8 is one rounding to bfloat16's 8 bits
-CASES = [  # N, R, S, D: odd sizes, sizes around a tile, one of everything, none of it; hot: every read hits the last slot
+CASES = [  # N, R, S, D: odd sizes, sizes around a tile, of 1, 2 and 4 warps, one of everything, none of it; hot: every read hits the last slot
     (1, 1, 1, 1, ""), (5, 3, 1000, 1, ""), (5, 128, 300, 7, ""), (5, 32, 2, 48, ""), (5, 3, 10, 100, ""), (5, 1, 3, 768, ""),
-    (1, 128, 2, 768, ""), (2, 33, 40, 513, ""), (5, 32, 20, 100, "hot"), (5, 3, 2, 768, "hot"), (0, 3, 5, 7, ""), (5, 0, 5, 7, ""),
+    (1, 128, 2, 768, ""), (2, 33, 40, 513, ""), (3, 16, 30, 512, ""), (2, 20, 30, 1024, ""), (5, 32, 20, 100, "hot"), (5, 3, 2, 768, "hot"), (0, 3, 5, 7, ""), (5, 0, 5, 7, ""),
 ]
 
 
@@ -85,10 +85,10 @@ def check_triton(device):
     grads = values.clone().requires_grad_(), indices, weights.clone().requires_grad_()
     checks["opcheck gather"] = lambda: torch.library.opcheck(torch.ops.nanomemory.gather.default, (*grads, None))
     checks["opcheck gather_backward"] = lambda: torch.library.opcheck(
-        torch.ops.nanomemory.gather_backward.default, (grad_y, values, indices, weights, torch.zeros(4, 7, device=device), False))
+        torch.ops.nanomemory.gather_backward.default, (grad_y, values, indices, weights, torch.zeros(4, 7, device=device)))
     checks |= {f"backward in rounds {case}": lambda case=case: check_rounds(*case, device) for case in ROUNDS}
     checks |= {f"topk_sums {n} {K} {dtype}": lambda n=n, K=K, dtype=dtype: check_topk(n, K, dtype, device)
-               for n, K in ((1, 1), (7, 7), (5, 3), (40, 16)) for dtype in (torch.float32, torch.bfloat16)}
+               for n, K in ((1, 1), (7, 7), (5, 3), (40, 16), (1024, 32)) for dtype in (torch.float32, torch.bfloat16)}
     checks["adamw_"] = lambda: check_adamw(device)
     checks["a whole model"] = lambda: check_model(device)
     checks["torch.compile"] = lambda: check_compile(gather, case)
@@ -471,7 +471,7 @@ if kernel.triton is not None:
                                         dict(CHUNK=128, BLOCK_D=256, FIRST=True), 1, 12 if number == "fp32" else 8, 64)
         BUILDS[f"topk {number}"] = ("topk_sums_kernel", f"*{number} *i64 *fp32 *i64 i32 i32 i32 i32",
                                     dict(BLOCK_N=256, BLOCK_K=32, BLOCK_M=128), 1, 2, 128)
-    BUILDS["topk backward"] = ("topk_sums_backward_kernel", "*fp32 *i64 *fp32 i32 i32 i32", dict(BLOCK_N=1024, BLOCK_K=32), 1, 8, 64)
+    BUILDS["topk backward"] = ("topk_sums_backward_kernel", "*fp32 *i64 *fp32 i32 i32 i32", dict(BLOCK_N=1024, BLOCK_K=32, BLOCK_J=32), 1, 8, 64)
     BUILDS["adamw"] = ("adamw_kernel", "*i16 *i16 *i16 *fp32 *fp32 i32 i32 i32 i32 fp32 fp32 fp32 fp32 fp32 i32",
                        dict(BLOCK_S=1, BLOCK_W=1024), 4, 10, 128)
 
