@@ -128,6 +128,9 @@ def gather_backward_torch(grad_y, values, indices, weights):
     return grad_values, torch.sparse.sampled_addmm(places, grad_y, values.T, beta=0.0).values().view(N, R)  # (S, D), (N, R)
 
 
+# A Triton kernel is run by many programs at once, each with its own program_id. A program works on whole blocks: tl.arange(0, 256) is 256
+# numbers, values + d as many addresses, and tl.load reads them all, but for those that the mask leaves out. Its threads, 32 to a warp, share
+# the block. A constexpr is known when the kernel is compiled: block sizes must be, and be powers of two, which is why there are masks.
 if triton is not None:
     @triton.jit
     def gather_kernel(values, indices, weights, y, R, D, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
@@ -421,8 +424,8 @@ def topk_sums(scores, K):
 
 def round_randomly(x, noise):
     """float32 -> bfloat16, up or down with the probabilities that keep the mean: add 16 random bits to those that will be cut off.
-    To the nearest, an update below 1/512 of a number would be lost every time. x float32, noise int32 in [0, 2^16)."""
-    return (x.view(torch.int32) + noise).bitwise_right_shift_(16).to(torch.int16).view(torch.bfloat16)
+    To the nearest, an update below 1/512 of a number would be lost every time. x float32, noise int32 in [0, 2^16). NaN stays NaN."""
+    return (x.view(torch.int32) + noise).bitwise_right_shift_(16).to(torch.int16).view(torch.bfloat16).masked_fill_(x.isnan(), torch.nan)
 
 
 def adamw_(values, grad_sum, m, v, step, lr, beta1, beta2, scale=1.0, eps=1e-8, columns=None):

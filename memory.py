@@ -3,7 +3,7 @@ A memory layer: a token looks up the K of S trained slots whose keys fit its que
 
     s = softmax(top-K scores)        y = sum over the K slots of s * value        (Memory Layers at Scale, arXiv 2412.09764)
 
-It holds S*D parameters and touches K*D of them: memory, not compute. Two ideas make it cheap. Product keys: the S = n*n keys are
+It holds S*D parameters and a token touches R*D of them: memory, not compute. Two ideas make it cheap. Product keys: the S = n*n keys are
 never built; a key is a pair of half-keys, so 2n dot products find the best of n*n slots (product_key_topk). And one table of values
 is shared by all memory layers of the model (MemoryTable), each with its own way of asking (ProductKeyMemory). Over several ranks the
 table is sliced along D (parallel memory): `python memory.py` prints what that costs and what a replicated table would.
@@ -100,7 +100,7 @@ class MemoryTable(nn.Module):
 
     In float32, in one process, the values are a parameter like any other: with its gradient and AdamW's two moments 16 bytes a value, and
     autograd makes a gradient of the table's size for each layer that reads it. In bfloat16 they take 10. There, and over several ranks,
-    the gather adds the gradient to grad_sum, in rows that were read alone, and TableAdamW takes it from there.
+    the gather adds the gradient to grad_sum, and TableAdamW takes it from there; one layer alone is faster without (README.md, Speed).
 
     mesh: over several ranks, a DeviceMesh ("replica", "slice"). The P ranks of a row of "slice" hold D/P dims of all slots each; all
     read the slots of all tokens of the row, then exchange what they found. Raises ValueError if P does not divide D.
@@ -122,7 +122,7 @@ class MemoryTable(nn.Module):
     @torch.no_grad()
     def init_weights(self, std):
         """Normal, and the same numbers however the table is sliced: made a few whole rows at a time."""
-        for rows in self.values.split(4096):                                # (4096, D/P)
+        for rows in self.values.split(4096):                                # (<= 4096, D/P)
             rows.copy_(torch.empty(len(rows), self.value_dim).normal_(std=std)[:, self.dims])
 
     def read(self, slots, weights):
@@ -162,9 +162,8 @@ class TableAdamW(torch.optim.AdamW):
     rounded randomly, and the gradient summed in float32 over layers and micro-steps: 10 bytes a value."""
 
     def __init__(self, tables, lr, betas, clip=math.inf):
-        fused = tables[0].values.device.type in ("cpu", "cuda")
-        super().__init__([table.values for table in tables], lr=lr, betas=betas, weight_decay=0.0, fused=fused)
-        self.param_groups[0].update(peak=lr, clip=clip)
+        super().__init__([table.values for table in tables], lr=lr, betas=betas, weight_decay=0.0, fused=True)
+        self.param_groups[0].update(peak=lr, clip=clip)                     # train.py's schedule sets lr from peak
         self.tables = tables
         for table in tables:
             if not table.values.requires_grad:
@@ -198,7 +197,7 @@ class TableAdamW(torch.optim.AdamW):
                 if grad.device.type != "cpu" or scale != 1:                 # to look is free on a CPU, and spares a pass over the table
                     grad.mul_(scale)
                 table.values.grad = grad                                    # (S, D/P)
-        super().step()
+        super().step()                                                      # of float32 tables: those in bfloat16 have no .grad
         for table, grad in zip(self.tables, grads):
             table.values.grad = None
             if table.grad_sum is not None and table.values.dtype != torch.bfloat16:
@@ -212,9 +211,9 @@ class TableAdamW(torch.optim.AdamW):
 
     def load(self, saved, step):
         """Go on after `step` steps. saved: for each table what all ranks' slices() said of it, {name: [(S, D/P), ...]}, for any P."""
-        for table, parts in zip(self.tables, saved):
+        for table, sliced in zip(self.tables, saved):
             p = table.values
-            moments = {k: columns(parts[k], table.dims).to(p.device, copy=True) for k in ("exp_avg", "exp_avg_sq")}  # (S, D/P) both
+            moments = {k: columns(sliced[k], table.dims).to(p.device, copy=True) for k in ("exp_avg", "exp_avg_sq")}  # (S, D/P) both
             self.state[p] = dict(step=step if p.dtype == torch.bfloat16 else torch.tensor(float(step), device=p.device)) | moments
 
 

@@ -1,6 +1,6 @@
 """
 A GPT whose MLPs can be replaced by memory layers: nanoGPT's shape with today's parts (rotary positions, RMS norms, no biases, tied
-embeddings, flash attention through scaled_dot_product_attention). Which block gets what is decided in one place, Block.
+embeddings, flash attention through scaled_dot_product_attention). GPT.__init__ makes the tables and says which block reads which.
 
     from model import GPT, GPTConfig
     model = GPT(GPTConfig(vocab_size=512, ffn="memory", mem_layers=(1,)))
@@ -19,6 +19,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from memory import MemoryTable, ProductKeyMemory, TableAdamW, columns
+
+
+class Trouble(ValueError):
+    """Something the user can mend: train.py and sample.py print it as one line and exit with status 1."""
 
 
 @dataclass
@@ -169,7 +173,8 @@ class GPT(nn.Module):
         """idx (B, T) int64; targets (B, T) int64 or None. Returns (logits, loss).
 
         With targets: logits (B, T, V) and the mean cross-entropy in nats (reduction="none": (B, T)). Without: logits of the last
-        position only, (B, 1, V), and None. caches: a list of n_layer (k, v) or None, read and refilled in place, for generation.
+        position only, (B, 1, V), and None. caches: a list of n_layer (k, v) or None, read and refilled in place, for generation: once they
+        are filled, T = 1. Logits beside a loss are for reading: they carry no gradient.
         """
         B, T = idx.size()
         past = 0 if caches is None or caches[0] is None else caches[0][0].size(2)
@@ -186,7 +191,7 @@ class GPT(nn.Module):
             return self.head(x[:, -1:]), None                               # (B, 1, V)
         logits = self.head(x)                                               # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten(), reduction=reduction)
-        return logits, loss if reduction == "mean" else loss.view(B, T)
+        return logits.detach(), loss if reduction == "mean" else loss.view(B, T)
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None, use_cache=True):
@@ -211,7 +216,7 @@ class GPT(nn.Module):
     def answer(self, windows, spans):
         """Fill in the ends of sentences. windows (F, T) numpy tokens, spans (F, 2) = [start, end) of the answer in its window ->
         right (F,) bool: every token of the answer is the likeliest one after what stands before it; nats (F,): its cross-entropy."""
-        training, device, right, nats = self.training, self.wte.weight.device, [torch.empty(0, dtype=torch.bool)], [torch.empty(0)]
+        training, device, right, nats = self.training, self.wte.weight.device, [torch.empty(0, dtype=torch.bool)], [torch.empty(0)]  # for no windows
         self.eval()
         for i in range(0, len(windows), 1024):
             w = torch.from_numpy(windows[i:i + 1024].astype("int64")).to(device)             # (b, T)
@@ -228,10 +233,10 @@ class GPT(nn.Module):
     def load(cls, folder, device="cpu", mesh=None):
         """The run folder of train.py -> (GPT, checkpoint: model, optimizer, tables, step, seconds, settings). The tables may have been saved
         whole or in any number of slices (they stay in the files until they are used); with a mesh, the GPT holds this rank's dims of them.
-        Raises ValueError with one clear line when there is no checkpoint, or one that is broken or another program's."""
+        Raises Trouble when there is no checkpoint, or one that is broken or another program's."""
         path = Path(folder) / "ckpt.pt"
         if not path.exists():
-            raise ValueError(f"{path} does not exist: give the folder of a run that has saved a checkpoint")
+            raise Trouble(f"{path} does not exist: give the folder of a run that has saved a checkpoint")
         try:
             # mapped on the CPU, so that what is not used of tables and optimizer is never read; Windows cannot replace a mapped file
             read = functools.partial(torch.load, map_location="cpu", weights_only=True, mmap=sys.platform != "win32")
@@ -242,11 +247,11 @@ class GPT(nn.Module):
             state["tables"] = [{k: [s[i][k] for s in saved] for k in saved[0][i]} for i in range(len(model.tables))]
             values = {f"tables.{i}.values": columns(t["values"], model.tables[i].dims) for i, t in enumerate(state["tables"])}
             model.load_state_dict(state["model"] | values)
-            state["step"], state["optimizer"]
+            state["step"], state["optimizer"]  # KeyError if one is missing
         except FileNotFoundError as e:
-            raise ValueError(f"{e.filename} is missing: {path} and the slices of the table belong together, bring them into one folder") from None
+            raise Trouble(f"{e.filename} is missing: {path} and the slices of the table belong together, bring them into one folder") from None
         except Exception as e:  # a foreign or broken file can raise anything
-            raise ValueError(f"{path} is not a whole checkpoint of this program ({type(e).__name__}): train anew in another folder") from None
+            raise Trouble(f"{path} is not a whole checkpoint of this program ({type(e).__name__}): train anew in another folder") from None
         return model.to(device), state
 
     def save(self, folder, optimizers, write, step, seconds, settings):
@@ -277,8 +282,7 @@ class GPT(nn.Module):
         rest = [p for n, p in self.named_parameters() if n.startswith("wte") or (p.dim() != 2)]
         assert len(self.tables) + len(matrices) + len(rest) == len(list(self.parameters()))
         groups = [dict(params=matrices, peak=s.learning_rate, weight_decay=s.weight_decay), dict(params=rest, peak=s.learning_rate)]
-        optimizers = [torch.optim.AdamW(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2), weight_decay=0.0,
-                                        fused=self.wte.weight.device.type in ("cpu", "cuda"))]
+        optimizers = [torch.optim.AdamW(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2), weight_decay=0.0, fused=True)]
         if self.tables:
             optimizers.append(TableAdamW(list(self.tables), s.value_lr, (s.beta1, s.beta2), s.grad_clip))
         return optimizers, matrices + rest
@@ -316,6 +320,6 @@ def sample_token(logits, temperature, top_k, top_p, generator):
         logits = logits.masked_fill(logits < kth, float("-inf"))
     if top_p and top_p < 1:
         ranked, order = logits.sort(descending=True)                        # (B, V) both
-        before = ranked.softmax(-1).cumsum(-1) - ranked.softmax(-1)         # (B, V): probability of the likelier ones
-        logits = logits.masked_fill((before >= top_p).scatter(1, order, before >= top_p), float("-inf"))
+        cut = ranked.softmax(-1).cumsum(-1) - ranked.softmax(-1) >= top_p   # (B, V): where the likelier ones have it already
+        logits = logits.masked_fill(cut.scatter(1, order, cut), float("-inf"))
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)

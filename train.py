@@ -8,7 +8,7 @@ Train a GPT, dense or with memory layers, and say what it learned.
     torchrun --standalone --nproc_per_node=8 train.py openwebtext
     python train.py --resume --out-dir out/facts-memory-1337
 
-A run folder out/<run> holds config.json, log.jsonl, ckpt.pt, curves.png, at the end result.json, and what sample.py needs of the data.
+A run folder out/<run> holds config.json, log.jsonl, ckpt.pt, at the end result.json and curves.png, and what sample.py needs of the data.
 Batches are a function of (seed, step) alone and dropout is seeded by (seed, step, rank), so a resumed run is the run that never stopped.
 """
 import argparse, contextlib, dataclasses, hashlib, inspect, json, math, os, platform, re, shutil, signal, subprocess, sys, time, warnings
@@ -23,20 +23,20 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import prepare_data
 from kernel import describe_backend
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, Trouble
 
 
 @dataclass
 class Settings(GPTConfig):
     vocab_size: int = 0         # tokens in the vocabulary; 0: the data's, rounded up to a multiple of 64 if it is large
-    block_size: int = 0         # window length in tokens; 0: the data's (facts)
+    block_size: int = 0         # window length in tokens; 0: the data's (facts), or 256
     data: str = "data/facts"    # folder made by prepare_data.py
     out_dir: str = ""           # run folder; default out/<preset>-<ffn>-<seed>
     seed: int = 1337            # of weights, batches and dropout
     max_steps: int = 5000       # optimizer steps
     batch_size: int = 128       # windows per step, over all ranks
     micro_batch_size: int = 0   # windows per forward pass and rank; 0: batch_size / ranks. Lower it when memory runs out
-    learning_rate: float = 3e-3 # peak, after warm-up; then straight down to zero
+    learning_rate: float = 3e-3 # times a warm-up from 0 to 1, times a straight line from 1 down to 0
     value_lr: float = 5e-3      # the same for the memory table's values
     weight_decay: float = 0.1   # on matrices; not on embeddings, norms, half-keys and values
     beta1: float = 0.9          # AdamW
@@ -52,7 +52,7 @@ class Settings(GPTConfig):
     profile: bool = False       # print where the time of 20 steps goes, operation by operation, and stop
 
 
-PRESETS = {  # what a preset changes in Settings; a name that starts with facts also says how its corpus is made
+PRESETS = {  # what a preset changes in Settings; for those in FACTS the corpus is made on the spot
     "facts": dict(n_layer=3, n_head=4, n_embd=64, mem_layers=(1,), mem_n_keys=128, mem_key_dim=16, mem_gate=False, qk_norm=False,
                   value_lr=4e-2, log_every=250),  # the plain Memory: with one small layer it recalls more than Memory+ (README.md)
     "facts-gpu": dict(data="data/facts-gpu", n_layer=8, n_head=8, n_embd=512, mem_layers=(2, 4, 6), mem_n_keys=512, mem_dtype="bfloat16",
@@ -60,16 +60,12 @@ PRESETS = {  # what a preset changes in Settings; a name that starts with facts 
     "tinystories": dict(data="data/tinystories", n_layer=6, n_head=6, n_embd=384, block_size=256, mem_layers=(1, 3, 5),
                         max_steps=20000, batch_size=64, learning_rate=1e-3, value_lr=5e-3, log_every=50, eval_windows=512),
     "openwebtext": dict(data="data/openwebtext", n_layer=12, n_head=12, n_embd=768, block_size=1024, mem_layers=(2, 6, 10),
-                        mem_n_keys=1024, mem_dtype="bfloat16", max_steps=20000, batch_size=480, micro_batch_size=32, learning_rate=6e-4, value_lr=3e-3,
+                        mem_n_keys=1024, mem_dtype="bfloat16", max_steps=20000, batch_size=512, micro_batch_size=32, learning_rate=6e-4, value_lr=3e-3,
                         beta2=0.95, warmup_steps=700, log_every=10, eval_every=500, eval_windows=1024),
 }
 FACTS = {"facts": dict(people=8000, documents=640_000), "facts-gpu": dict(people=100_000, documents=8_192_000)}
 MAY_CHANGE = {"device", "compile", "micro_batch_size", "log_every", "data", "mem_parallel"}  # on --resume: nothing that changes the run
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}  # bf16, dense
-
-
-class Trouble(Exception):
-    """Something the user can mend: printed as one line, exit status 1."""
 
 
 # ---- settings
@@ -82,9 +78,10 @@ def read_settings(argv):
     p.add_argument("--resume", action="store_true", help="go on with the run in --out-dir")
     p.add_argument("--compare", nargs="+", metavar="RUN", help="print and draw these run folders side by side, train nothing")
     helps = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(GPTConfig) + inspect.getsource(Settings), re.M))
+    defaults = Settings(**dict(ffn="memory") | PRESETS["facts"])
     for f in dataclasses.fields(Settings):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=block_numbers if f.type is tuple else f.type)
-        p.add_argument(flag(f.name), default=argparse.SUPPRESS, help=f"{helps[f.name]} ({f.default})".replace("%", "%%"), **kind)
+        p.add_argument(flag(f.name), default=argparse.SUPPRESS, help=f"{helps[f.name]} ({getattr(defaults, f.name)})".replace("%", "%%"), **kind)
     given = vars(p.parse_args(argv))
     preset, resume, runs = given.pop("preset"), given.pop("resume"), given.pop("compare")
     if preset not in PRESETS:
@@ -190,18 +187,18 @@ class Loader:
     def batch(self, step, rows):
         """Rows of the global batch of a step, integers in [0, batch_size) -> x, y (b, T) int64."""
         place = step * self.batch_size + np.asarray(rows)                   # (b,)
-        window = np.empty_like(place)                                       # (b,)
+        number = np.empty_like(place)                                       # (b,)
         for epoch in np.unique(place // self.windows):
             if epoch != self.epoch:
                 self.order, self.epoch = np.random.default_rng([self.seed, epoch]).permutation(self.windows), epoch  # (windows,)
             here = place // self.windows == epoch                           # (b,)
-            window[here] = self.order[place[here] % self.windows]
-        return self.window(window)
+            number[here] = self.order[place[here] % self.windows]
+        return self.window(number)
 
 
 # ---- what the model knows
 
-def split(n, rank, world):
+def share_out(n, rank, world):
     """This rank's part of range(n), and how many of it count: parts are equally long, since ranks that share a table read it together, so
     that at the end of the range numbers repeat."""
     each = -(-n // world)
@@ -219,9 +216,10 @@ def evaluate(model, loader, count, ctx, rank=0, world=1):
     """Mean loss in nats per token over count windows, evenly spread over the validation set; the same ones every time."""
     model.eval()
     total, device, count = 0.0, next(model.parameters()).device, min(count, loader.windows)
-    mine, real = split(count, rank, world)                                  # (mine,), numbers of windows among count
-    for i in range(0, len(mine), 64):
-        x, y = loader.window(mine[i:i + 64] * loader.windows // count)      # (b, T) both
+    mine, real = share_out(count, rank, world)                              # (each,), numbers of windows among count
+    at_once = min(64, max(2**14 // loader.T, 1))  # of 1,024 tokens 16: the logits are larger than all else
+    for i in range(0, len(mine), at_once):
+        x, y = loader.window(mine[i:i + at_once] * loader.windows // count)  # (b, T) both
         with ctx:
             loss = model(x.to(device), y.to(device), reduction="none")[1]   # (b, T)
         total += loss.mean(dim=1)[:max(real - i, 0)].sum().item()
@@ -234,10 +232,10 @@ def ask_facts(model, facts, meta, read, rank=0, world=1, count=None):
     """What the model knows of the facts corpus after reading a `read` share of it. With count: recall alone, over that many facts."""
     known = np.flatnonzero(~facts["control"])
     chosen = np.random.default_rng(0).permutation(known)[:count] if count else np.arange(len(facts["control"]))
-    part, real = split(len(chosen), rank, world)
-    mine = chosen[part]                                                     # (mine,)
+    part, real = share_out(len(chosen), rank, world)
+    mine = chosen[part]                                                     # (each,)
 
-    def everywhere(x):  # (mine,) -> (F,): each rank fills in its part, the sum is the whole
+    def everywhere(x):  # (each,) -> (F,): each rank fills in its part, the sum is the whole
         whole = np.zeros(len(facts["control"]), np.float32)
         whole[mine[:real]] = x[:real]
         return sum_over_ranks(torch.from_numpy(whole).to(model.wte.weight.device)).cpu().numpy().astype(float)
@@ -259,7 +257,7 @@ def ask_facts(model, facts, meta, read, rank=0, world=1, count=None):
 # ---- schedule
 
 def schedule(step, s):
-    """Share of the peak rate at a step: linear warm-up, then a straight line to zero at max_steps."""
+    """What a rate is multiplied with at a step: linear warm-up, times a straight line from 1 to zero at max_steps."""
     return min(1, (step + 1) / max(s.warmup_steps, 1)) * (1 - step / s.max_steps)
 
 
@@ -322,12 +320,11 @@ def read_run(folder):
 
 def draw(folders, path):
     """Loss over tokens, FLOPs and seconds, recall over tokens, seconds and exposures; runs of one kind in one colour."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     runs = {Path(f).name: read_run(f) for f in folders}
     with_facts, kinds = all("recall" in r for r, _, _ in runs.values()), {}
-    fig, axes = plt.subplots(1 + with_facts, 3, figsize=(15, 4 + 4 * with_facts), squeeze=False, constrained_layout=True)
+    fig = Figure(figsize=(15, 4 + 4 * with_facts), layout="constrained")
+    axes = fig.subplots(1 + with_facts, 3, squeeze=False)
     for name, (r, kind, log) in runs.items():
         color, first = kinds.setdefault(kind, (f"C{len(kinds)}", name))
         style = dict(color=color, marker="o", ms=3, alpha=0.8, label=name if name == first else None)
@@ -346,7 +343,6 @@ def draw(folders, path):
             axes[1, 2].set(xlabel="times a fact was read (from)", ylabel="facts recalled", xscale="log")
     axes[0, 0].legend(fontsize=8)
     write_whole(path, lambda part: fig.savefig(part, dpi=80, format="png"))
-    plt.close(fig)
 
 
 def compare(folders):
@@ -381,9 +377,9 @@ def keep_freed_memory():
     get them again. Tell it to keep them: blocks up to 32 MiB on the heap, 1 GiB untrimmed, one arena for all threads."""
     if sys.platform == "linux":
         import ctypes
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *a: None)  # only glibc has it
         for parameter, value in ((-3, 2**25), (-1, 2**30), (-8, 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_ARENA_MAX
-            mallopt and mallopt(parameter, value)
+            mallopt(parameter, value)
 
 
 def choose_device(s, world):
@@ -394,11 +390,12 @@ def choose_device(s, world):
         raise Trouble(f"--device {device} is not to be had on this machine: use --device cpu")
     if s.ffn == "memory" and s.mem_dtype != "float32" and device == "mps":
         raise Trouble(f"--mem-dtype {s.mem_dtype} does not train on mps: use float32 there, or --device cpu")
+    if world > 1 and device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(minutes=10))
-        if device == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(minutes=10))
     if device == "cpu":
         keep_freed_memory()
     return device
@@ -406,10 +403,7 @@ def choose_device(s, world):
 
 def restore(out, meta, s, device, mesh):
     """The checkpoint of a run that is to go on -> (model, checkpoint)."""
-    try:
-        model, state = GPT.load(out, device, mesh)
-    except ValueError as e:
-        raise Trouble(str(e)) from None
+    model, state = GPT.load(out, device, mesh)
     if read_json(out / "meta.json", "start another run with --out-dir")["sha256"] != meta["sha256"]:
         raise Trouble(f"{s.data} is not the data that {out} was trained on: point --data at that")
     if state["step"] >= s.max_steps:
@@ -438,7 +432,7 @@ def train(s, preset, resume):
     P = s.mem_parallel or world
     mesh = init_device_mesh(device.split(":")[0], (world // P, P), mesh_dim_names=("replica", "slice")) if world > 1 and s.ffn == "memory" else None
     model, state = restore(out, meta, s, device, mesh) if resume else (GPT(s, mesh).to(device), dict(step=0, seconds=0.0))
-    optimizers, others = model.make_optimizers(s)
+    optimizers, dense = model.make_optimizers(s)
     if resume:
         optimizers[0].load_state_dict(state["optimizer"])
         if model.tables:
@@ -446,6 +440,8 @@ def train(s, preset, resume):
     step, seconds, counts, flops = state["step"], state["seconds"], model.param_counts(), model.flops_per_token()
     use_compile = cuda if s.compile is None else s.compile
     net = torch.compile(model) if use_compile else model
+    if use_compile and model.tables:  # it would cut the graph into DDP's buckets, and the first part's backward find grad_sum changed by the second's
+        torch._dynamo.config.optimize_ddp = False
     if world > 1:
         warnings.filterwarnings("ignore", "`broadcast_buffers`")  # torch 2.13 calls it otherwise, 2.11 does not
         net = torch.nn.parallel.DistributedDataParallel(net, device_ids=[device] if cuda else None, broadcast_buffers=False,
@@ -471,21 +467,23 @@ def train(s, preset, resume):
         last = step + 1 == s.max_steps
         eval_now = last or (step + 1) % s.eval_every == 0
         log_now = eval_now or (step + 1) % s.log_every == 0
-        s.dropout and torch.manual_seed(hash((s.seed, step, rank)))
+        torch.manual_seed(hash((s.seed, step, rank)))  # of dropout
         for table in model.tables:
-            table.count(log_now)
+            table.count(log_now or step == first)  # in the first step too: torch.compile then makes both graphs before anything is timed
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = group["peak"] * schedule(step, s)
         loss = torch.zeros((), device=device)
         for m in range(accumulate):
-            x, y = (t.to(device, non_blocking=True) for t in loader.batch(step, mine[m * micro:(m + 1) * micro]))  # (micro, T) both
+            # (micro, T) both; pinned, so that nobody waits until they are copied
+            x, y = ((t.pin_memory() if cuda else t).to(device, non_blocking=True) for t in loader.batch(step, mine[m * micro:(m + 1) * micro]))
             with net.no_sync() if world > 1 and m + 1 < accumulate else contextlib.nullcontext():
                 with ctx:
                     part = net(x, y)[1] / accumulate
                 part.backward()
             loss += part.detach()
-        norm = torch.nn.utils.clip_grad_norm_(others, s.grad_clip)
-        norms = [norm] + [optimizer.step() for optimizer in optimizers][1:]  # a table's optimizer clips by itself and says the norm
+        norm = torch.nn.utils.clip_grad_norm_(dense, s.grad_clip)
+        optimizers[0].step()
+        norms = [norm, *(optimizer.step() for optimizer in optimizers[1:])]  # a table's optimizer clips by itself and says the norm
         optimizers[0].zero_grad(set_to_none=True)
         step += 1
         if s.profile and step == first + 10:
@@ -514,7 +512,7 @@ def train(s, preset, resume):
             rate = tokens_per_step * steps / lap
             say(f"step {step:6d} {100 * step / s.max_steps:3.0f}% · loss {line['loss']:.4f} · lr {line['lr']:.1e} · norm {line['norm']:.2f} · "
                 f"{1e3 * lap / steps:.0f} ms · {rate:,.0f} tok/s" + (f" · MFU {100 * rate * flops / peak:.0f}%" if peak else "")
-                + (f" · memory used {100 * used:.0f}% KL {kl:.2f}" if model.tables else "")
+                + (f" · slots used {100 * used:.0f}% KL {kl:.2f}" if model.tables else "")
                 + f" · {lap / steps * (s.max_steps - step) / 60:.1f} min left", flush=True)
         if eval_now:
             line["val_loss"] = evaluate(model, val, s.eval_windows, ctx, rank, world)

@@ -153,6 +153,10 @@ def check_adamw(device):
     for got, want in ((p, p32), (m, m32), (v, v32)):
         off = (got.cpu().float() - want) / want.abs()
         assert off.abs().max() <= 2**-7 and abs(off.mean()) < 5 * 2**-8 / 3000**0.5 and off.abs().max() > 2**-9, off.abs().max()
+    p, m, v = torch.zeros(3, 1, 64, dtype=torch.bfloat16, device=device)
+    g = torch.full((1, 64), 2**31 - 1, dtype=torch.int32, device=device).view(torch.float32)             # NaN as GPUs make it
+    kernel.adamw_(p, g, m, v, 1, 1e-2, 0.9, 0.99)
+    assert all(x.isnan().all() for x in (p, m, v)), "NaN must not become a number"
 
 
 def check_model(device):

@@ -3,6 +3,7 @@
 Run as a script it is one rank: python tests/test_parallel.py JOB FOLDER, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set.
 """
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -135,6 +136,8 @@ def rank_main(job, folder):
         if job == "train-6":
             save = GPT.save
             GPT.save = lambda *a: (save(*a), a[4] == 6 and os._exit(0))
+        if job == "train-compiled":
+            torch.compile = functools.partial(torch.compile, backend="aot_eager")
         if job == "train-hang":
             train.timedelta = lambda minutes: timedelta(seconds=3)
             train.usage = lambda model: time.sleep(1000) if rank else (0.0, 0.0)
@@ -308,6 +311,15 @@ def test_checkpoints_move_between_world_sizes(one, data, tmp_path):
     (tmp_path / "half" / "ckpt-12-1of2.pt").unlink()
     with pytest.raises(ValueError, match="ckpt-12-1of2.pt"):
         GPT.load(tmp_path / "half")
+
+
+def test_a_compiled_launch_trains_the_same(data, tmp_path):
+    """With more dense parameters than DDP puts in its first bucket, for each of which torch.compile would make a graph of its own."""
+    args = [*TINY, "--data", data, "--n-embd", "256", "--n-layer", "3", "--mem-layers", "0,2", "--max-steps", "4"]
+    launch("train", 2, tmp_path, *args, "--out-dir", tmp_path / "plain")
+    launch("train-compiled", 2, tmp_path, *args, "--compile", "--out-dir", tmp_path / "compiled")
+    plain, compiled = ([json.loads(x)["loss"] for x in (tmp_path / run / "log.jsonl").read_text().splitlines()] for run in ("plain", "compiled"))
+    assert len(plain) == 2 and compiled == pytest.approx(plain, rel=1e-5)
 
 
 def test_bad_mem_parallel(data, tmp_path, capfd, monkeypatch):

@@ -1,4 +1,5 @@
 """train.py: batches, exact resume, ranks, the run folder, and what a user sees when something is wrong."""
+import contextlib
 import json
 import os
 import random
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 import train
-from model import GPT
+from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ("--n-layer 2 --n-embd 32 --n-head 2 --mem-n-keys 16 --mem-topk 4 --mem-heads 2 --batch-size 16 --log-every 5 --eval-every 10 "
@@ -166,6 +167,40 @@ def test_the_profile_is_of_the_step_not_of_the_profiler(data, tmp_path):
     if sys.platform == "linux":
         faults = int(done.stdout.split("FAULTS")[1].split()[0])
         assert faults < 20 * 200
+
+
+def test_all_is_compiled_before_the_clock_starts(data, tmp_path, monkeypatch):
+    """Steps that count reads have a graph of their own; both are made in the first three steps, which are not timed."""
+    torch._dynamo.reset()
+    steps, compiled, batch, compile = [], [], train.Loader.batch, torch.compile
+
+    def backend(graph, inputs):
+        compiled.append(len(steps))
+        return graph.forward
+    monkeypatch.setattr(train.Loader, "batch", lambda self, step, rows: steps.append(step) or batch(self, step, rows))
+    monkeypatch.setattr(torch, "compile", lambda model: compile(model, backend=backend))
+    assert train.main([*TINY, "--data", str(data), "--out-dir", str(tmp_path / "run"), "--compile", "--max-steps", "12"]) == 0
+    assert len(steps) == 12 and len(compiled) == 2 and max(compiled) <= 3
+
+
+def test_evaluation_takes_fewer_long_windows_at_a_time():
+    model, seen = GPT(GPTConfig(vocab_size=10, block_size=1024, n_layer=1, n_head=1, n_embd=4)), []
+
+    class Text:
+        T, windows = 1024, 40
+
+        def window(self, i):
+            seen.append(len(i))
+            return torch.zeros(2, len(i), 1024, dtype=torch.int64)
+    loss = train.evaluate(model, Text(), 36, contextlib.nullcontext())
+    assert seen == [16, 16, 4] and loss == pytest.approx(model(*Text().window([0]))[1].item(), rel=1e-5)
+
+
+def test_help_says_what_the_default_run_does(capsys):
+    with pytest.raises(SystemExit):
+        train.read_settings(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert all(x in said for x in ("0: n_embd / 2 (16)", "Memory+ (False)", "memory table's values (0.04)"))
 
 
 def test_compare_prints_ratios_and_draws(whole, data, tmp_path, capsys):
