@@ -89,24 +89,24 @@ def gather(values, indices, weights, grad_sum=None):
     weights = weights.to(torch.promote_types(values.dtype, torch.float32))  # (N, R)
     if values.device.type == "mps" and grad_sum is None:
         return gather_reference(values, indices, weights)  # (N, D): few operations exist there
-    return torch.ops.nanomemory.gather(values.contiguous(), indices.contiguous(), weights.contiguous(), grad_sum)
+    return torch.ops.nanomemory.gather(values.contiguous(), indices.int().contiguous(), weights.contiguous(), grad_sum)
 
 
-def group_by_slot(indices):
+def group_by_slot(indices, S):
     """Turn "which slots does a token read" into "which tokens read a slot", the order in which gradients are made.
 
-    indices (N, R) -> slots (N*R,) int32, sorted; order (N*R,) int64, the positions n*R + r they came from, equal slots in order of
-    position. Example, N = 2, R = 2: indices [[3, 1], [1, 0]] -> slots [0, 1, 1, 3], order [3, 1, 2, 0]: slot 0 is read at position 3,
-    which is token 3 // R = 1; slot 1 at positions 1 and 2, so its gradient is weights[1] * grad_y[0] + weights[2] * grad_y[1].
+    indices (N, R), each in [0, S) -> slots (N*R,) int16 or int32, sorted; order (N*R,) int64, the positions n*R + r they came from, equal
+    slots in order of position. Example, N = 2, R = 2: indices [[3, 1], [1, 0]] -> slots [0, 1, 1, 3], order [3, 1, 2, 0]: slot 0 is read at
+    position 3, which is token 3 // R = 1; slot 1 at positions 1 and 2, so its gradient is weights[1] * grad_y[0] + weights[2] * grad_y[1].
     """
-    return torch.sort(indices.reshape(-1).int(), stable=True)               # (N*R,), (N*R,): a radix sort, half the bytes as int32
+    return torch.sort(indices.reshape(-1).to(torch.int16 if S <= 2**15 else torch.int32), stable=True)  # a radix sort: half the bits, half the work
 
 
 def bag(values, indices, weights, starts=None):
     """F.embedding_bag in at least float32. indices, weights (N, R), or (L,) with bag b = starts[b] : starts[b+1] -> (bags, D)."""
     if len(values) == 0 or indices.numel() == 0:
         return weights.new_zeros(len(indices) if starts is None else len(starts) - 1, values.shape[1])
-    return F.embedding_bag(indices.long(), values.to(weights.dtype), starts, mode="sum", per_sample_weights=weights,
+    return F.embedding_bag(indices, values.to(weights.dtype), starts, mode="sum", per_sample_weights=weights,
                            include_last_offset=starts is not None)
 
 
@@ -115,16 +115,17 @@ def gather_backward_torch(grad_y, values, indices, weights):
     weight is <grad_y[t], values[indices[t, r]]>: entries of the matrix product grad_y values^T at N*R of its N*S places."""
     (N, R), S = indices.shape, len(values)
     grad_y, values = grad_y.to(weights.dtype), values.to(weights.dtype)     # (N, D), (S, D)
-    slots, order = group_by_slot(indices)                                   # (N*R,), (N*R,)
-    starts = torch.searchsorted(slots, torch.arange(S + 1, dtype=torch.int32, device=slots.device))      # (S+1,)
-    tokens = torch.arange(N, device=values.device)[:, None].expand(N, R).reshape(-1).index_select(0, order)  # (N*R,): order // R, but faster
+    _, order = group_by_slot(indices, S)                                    # (N*R,)
+    starts = F.pad(torch.bincount(indices.view(-1), minlength=S).cumsum(0, dtype=torch.int32), (1, 0))   # (S+1,)
+    # (N*R,): order // R, but faster
+    tokens = torch.arange(N, dtype=torch.int32, device=values.device)[:, None].expand(N, R).reshape(-1).index_select(0, order)
     grad_values = bag(grad_y, tokens, weights.view(-1).index_select(0, order), starts)                   # (S, D)
     if R > S:  # the whole product is no larger
         return grad_values, (grad_y @ values.T).gather(1, indices.long())   # (S, D), (N, R)
     if values.device.type != "cpu" or indices.numel() == 0:  # there is no sampled_addmm
         return grad_values, torch.einsum("nd,nrd->nr", grad_y, values[indices])  # (S, D), (N, R)
-    places = torch.sparse_csr_tensor(torch.arange(0, N * R + 1, R, device=values.device), indices.long().view(-1), weights.view(-1),
-                                     (N, S), check_invariants=False)        # (N, S), R places in each row; what stands there is not used
+    places = torch.sparse_csr_tensor(torch.arange(0, N * R + 1, R, dtype=torch.int32), indices.int().view(-1), weights.view(-1), (N, S),
+                                     check_invariants=False)                # (N, S), R places in each row; what stands there is not used
     return grad_values, torch.sparse.sampled_addmm(places, grad_y, values.T, beta=0.0).values().view(N, R)  # (S, D), (N, R)
 
 
@@ -200,8 +201,8 @@ def gather_backward_triton(grad_y, values, indices, weights, grad_sum, chunk=128
     (N, R), D = indices.shape, values.shape[1]
     if N * R * D == 0:
         return torch.zeros_like(weights)                                    # (N, R)
-    slots, order = group_by_slot(indices)                                   # (L,), (L,), L = N * R
-    tokens, order = (order // R).int(), order.int()                         # (L,) both
+    slots, order = group_by_slot(indices, len(values))                      # (L,), (L,), L = N * R
+    slots, tokens, order = slots.int(), (order // R).int(), order.int()     # (L,) each
     block_d, first = min(tile(D)[1], 256), True
     grad_w = weights.new_empty(triton.cdiv(D, block_d), N, R)               # (D blocks, N, R)
     while True:  # lookups, then the edges of their chunks, then the edges of those, ...
@@ -390,7 +391,7 @@ def topk_sums_backward_op(grad: torch.Tensor, slots: torch.Tensor, n: int, dtype
             topk_sums_backward_kernel[(rows, 2)](grad.contiguous(), slots, grad_scores, rows, n, K, triton.next_power_of_2(n), block_k,
                                                  min(block_k, max(1024 // block_k, 1)), num_warps=1)
         return grad_scores
-    halves = torch.stack((slots // n, slots % n))                                                        # (2, ..., K)
+    halves = torch.stack((first := slots.div(n, rounding_mode="trunc"), slots - first * n))              # (2, ..., K): // and %, but faster
     return grad.new_zeros(2, *slots.shape[:-1], n).scatter_add_(-1, halves, grad.expand_as(halves)).to(dtype)  # (2, ..., n)
 
 
