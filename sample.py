@@ -8,8 +8,8 @@ Write with a trained run, ask it the facts it read, and take its memory away.
     python sample.py out/NAME --recall --ablate-memory      # the same questions, but the memory layers read zeros
 
 Text goes to stdout, one line about what was loaded to stderr. --recall (for runs on the facts corpus) prints a table: the beginning of
-a sentence, the model's likeliest answer, the right one, and how often that fact stands in the training text. The control people never
-do: they show what guessing gives. It needs nothing but the run folder.
+a sentence, the model's likeliest answer, the right one, and how often that fact stands in the training text. The control people are
+never in it: they show what guessing gives. It needs nothing but the run folder.
 B, T samples, tokens · V, C vocabulary, width · S, D slots and dim of the memory table.
 """
 import argparse, codecs, difflib, math, signal, sys
@@ -77,7 +77,8 @@ def samples(model, tok, ids, args):
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in idx]  # a token may be a part of a character
     lead = b" " if tok.name == "words" and ids[-1] == tok.eot else b""      # is before a document's first word, not in its text
     going = [True] * len(idx)                                               # (B,)
-    for token in model.generate(idx, args.max_new_tokens, round(args.temperature, 4), args.top_k, args.top_p, generator):  # (B, 1)
+    temperature = round(args.temperature, 4)  # 1e-40 is 0
+    for token in model.generate(idx, args.max_new_tokens, temperature, args.top_k, args.top_p, generator):  # (B, 1)
         going = [on and i != tok.eot for on, i in zip(going, token[:, 0].tolist())]
         if not any(going):
             return

@@ -47,7 +47,7 @@ def test_train_commands_parse(command):
 def test_there_are_commands_and_flags_that_exist():
     assert len({c for c in code() if "train.py" in c}) >= 8
     known = {train.flag(f) for f in train.Settings.__dataclass_fields__} | {"--resume", "--compare", "--help", "--no-compile"}
-    known |= {"--" + name.replace("_", "-") for name in sample.NUMBERS} | {"--recall", "--ablate-memory", "--prompt", "--standalone", "--nproc_per_node"}
+    known |= {"--" + name.replace("_", "-") for name in sample.NUMBERS} | {"--recall", "--ablate-memory", "--prompt", "--plot", "--standalone", "--nproc_per_node"}
     known |= {"--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--small", "--full", "--from-file", "--tokenizer", "--vocab-size"}
     assert not set(re.findall(r"(?<![\w-])--[a-z][\w-]+", README)) - known
 
