@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # a * b + c in one instruction: from 3.10 on Triton would not, and 3.9 warns of it
 try:
     import triton
     import triton.language as tl
@@ -447,8 +448,7 @@ def adamw_(values, grad_sum, m, v, step, lr, beta1, beta2, scale=1.0, eps=1e-8, 
         return
     generator = torch.Generator(values.device).manual_seed(step)
     for p, g, m, v in zip(*(x.split(max(2**20 // D, 1)) for x in (values, grad_sum, m, v))):  # some rows at a time
-        g32 = g * scale                                                     # (rows, W)
-        bits = torch.randint(2**48, (len(g), D), device=g.device, generator=generator)[:, first:first + W]  # (rows, W)
+        g32, bits = g * scale, torch.randint(2**48, (len(g), D), device=g.device, generator=generator)[:, first:first + W]  # (rows, W)
         m32, v32 = m.float().lerp_(g32, 1 - beta1), v.float().lerp_(g32.square(), 1 - beta2)
         p32 = p.float().addcdiv_(m32, (v32 / (1 - beta2**step)).sqrt_().add_(eps), value=-lr / (1 - beta1**step))
         for i, (x, x32) in enumerate(((p, p32), (m, m32), (v, v32))):
