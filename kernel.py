@@ -507,9 +507,9 @@ def check(device, dtype):
             error = ((a - b).abs().max() / b.abs().max().clamp(min=1e-9)).item() if b.numel() else 0.0
             assert error <= tolerance, f"gather, {name}: off by {error:.1e} at N {N}, R {R}, S {S}, D {D}, {dtype}"
     for n, K in ((1, 1), (7, 7), (64, 16), (128, 32), (1024, 32)):
-        scores = torch.randn(2, 5, 2, n, generator=generator).to(device, dtype)                # (2, 5, 2, n)
-        every = (scores[0].float()[..., :, None] + scores[1].float()[..., None, :]).flatten(-2)  # (5, 2, n*n)
-        best, slots = topk_sums(scores, K)                                                      # (5, 2, K) both
+        scores = torch.randn(2, 20, 4, n, generator=generator).to(device, dtype)                # (2, 20, 4, n)
+        every = (scores[0].float()[..., :, None] + scores[1].float()[..., None, :]).flatten(-2)  # (20, 4, n*n)
+        best, slots = topk_sums(scores, K)                                                      # (20, 4, K) both
         assert torch.equal(best, every.topk(K).values) and torch.equal(best, every.gather(-1, slots)), f"topk_sums at n {n}, K {K}"
 
 
