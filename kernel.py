@@ -439,7 +439,7 @@ def adamw_(values, grad_sum, m, v, step, lr, beta1, beta2, scale=1.0, eps=1e-8, 
     the gradient made, 4 more.
     """
     (S, W), (first, D) = values.shape, columns or (0, values.shape[1])
-    scale = scale if torch.is_tensor(scale) else torch.full((), scale, device=values.device)      # (): made there, nothing waits for it
+    scale = scale if torch.is_tensor(scale) else torch.full((), scale, dtype=torch.float32, device=values.device)  # (): made there, no one waits
     if uses_triton(values.device):
         block_s, block_w = max(1024 // triton.next_power_of_2(W), 1), min(triton.next_power_of_2(W), 1024)
         adamw_kernel[(triton.cdiv(S, block_s), triton.cdiv(W, block_w))](

@@ -280,9 +280,10 @@ def test_group_by_slot():
     slots, order = group_by_slot(torch.tensor([[3, 1], [1, 0]]), 4)         # the docstring's example
     assert slots.tolist() == [0, 1, 1, 3] and order.tolist() == [3, 1, 2, 0]
     torch.manual_seed(0)
-    for N, R, S in ((50, 8, 30), (3, 1, 1000), (0, 4, 3), (200, 4, 1)):
+    for N, R, S in ((50, 8, 30), (3, 1, 1000), (0, 4, 3), (200, 4, 1), (40, 3, 2**15), (40, 3, 2**15 + 1)):  # 2^15: what int16 holds
         for dtype in (torch.int32, torch.int64):
             indices = torch.randint(S, (N, R), dtype=dtype)
+            indices[-1:] = S - 1
             slots, order = group_by_slot(indices, S)
             assert list(zip(slots.tolist(), order.tolist())) == sorted(zip(indices.flatten().tolist(), range(N * R)))
 
