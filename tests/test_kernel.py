@@ -471,7 +471,7 @@ if kernel.triton is not None:
     for number in ("fp32", "bf16"):
         for D in (1024, 768, 64):
             rows, block_d, warps = kernel.tile(D)
-            BUILDS[f"gather {number} {D}"] = ("gather_kernel", f"*{number} *i64 *fp32 *{number} i32 i32",
+            BUILDS[f"gather {number} {D}"] = ("gather_kernel", f"*{number} *i32 *fp32 *{number} i32 i32",
                                               dict(BLOCK_R=rows, BLOCK_D=block_d), warps, rows * block_d * (4 if number == "fp32" else 2) // (16 * 32 * warps), 96)
         BUILDS[f"backward {number}"] = ("gather_backward_kernel", f"*{number} *{number} *fp32 *i32 *i32 *i32 *fp32 *fp32 *fp32 *i32 i32 i32",
                                         dict(CHUNK=128, BLOCK_D=256, FIRST=True), 1, 12 if number == "fp32" else 8, 64)
