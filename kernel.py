@@ -16,6 +16,7 @@ N tokens · H heads · K slots read per head · R = H*K reads per token · n hal
 """
 import argparse
 import functools
+import math
 import os
 import statistics
 import time
@@ -122,7 +123,7 @@ def gather_backward_torch(grad_y, values, indices, weights):
     tokens = torch.arange(N, dtype=torch.int32, device=values.device)[:, None].expand(N, R).reshape(-1).index_select(0, order)
     grad_values = bag(grad_y, tokens, weights.view(-1).index_select(0, order), starts)                   # (S, D)
     if R > S:  # the whole product is no larger
-        return grad_values, (grad_y @ values.T).gather(1, indices.long())   # (S, D), (N, R)
+        return grad_values, (grad_y @ values.T).gather(1, indices)  # (S, D), (N, R)
     if values.device.type != "cpu" or indices.numel() == 0:  # there is no sampled_addmm
         return grad_values, torch.einsum("nd,nrd->nr", grad_y, values[indices])  # (S, D), (N, R)
     places = torch.sparse_csr_tensor(torch.arange(0, N * R + 1, R, dtype=torch.int32), indices.int().view(-1), weights.view(-1), (N, S),
@@ -277,31 +278,27 @@ def topk_sums_reference(scores, K):
     best, halves = scores.topk(K, dim=-1)                                   # (2, ..., K) both
     best = best.to(torch.promote_types(scores.dtype, torch.float32))        # (2, ..., K)
     sums, pick = (best[0][..., first] + best[1][..., second]).topk(K, dim=-1)  # (..., K) both, of the M sums
-    return sums, halves[0].gather(-1, first[pick]) * n + halves[1].gather(-1, second[pick])  # (..., K) both
-
-
-def sort_largest(packed, K):
-    """Sort rows of 64-bit words, in place, by the float32 in the high half; an index in the low half goes along. packed (rows, n) int64 ->
-    its last K columns, largest first. Read as a float64, such a word sorts by its float32: numpy sorts those in vectors, where
-    torch.topk branches at each number."""
-    packed.view(torch.float64).numpy().sort()
-    return packed[:, -K:].flip(-1)                                          # (rows, K)
+    slots = halves[0].gather(-1, first[pick]) * n + halves[1].gather(-1, second[pick])  # (..., K)
+    return sums, slots.int()
 
 
 def topk_sums_cpu(scores, K):
-    """Both selections as sorts of packed words. scores (2, ..., n) float32 -> (..., K) float32, (..., K) int64."""
-    n, (first, second) = scores.shape[-1], candidates(K)                    # (M,), (M,)
-    packed = scores.contiguous().view(torch.int32).view(-1, n).long()       # (2 * rows, n)
-    packed.bitwise_left_shift_(32).bitwise_or_(torch.arange(n))
-    top = sort_largest(packed, K).view(torch.int32).view(2, -1, K, 2).permute(0, 3, 2, 1).contiguous()  # (side, index or score, K, rows)
-    (i, a), (j, b) = top                                                    # (K, rows) each: candidates are rows, copied whole
-    slots = (i * n).index_select(0, first).add_(j.index_select(0, second))  # (M, rows)
-    a, b = a.view(torch.float32), b.view(torch.float32)                     # (K, rows) both
-    sums = a.index_select(0, first).add_(b.index_select(0, second))         # (M, rows)
-    packed = sums.view(torch.int32).long().bitwise_left_shift_(32).bitwise_or_(slots)         # (M, rows)
-    top = sort_largest(packed.T.flatten().view(-1, len(first)), K)          # (rows, K)
-    shape = (*scores.shape[1:-1], K)
-    return top.view(torch.float32)[:, 1::2].clone().view(shape), (top & (2**31 - 1)).view(shape)
+    """The method by two sorts. A complex number is two float32, here index + score * i. Read as one float64 it sorts by its high half, the
+    score, and the index goes along; numpy sorts float64 in vectors, where torch.topk branches at each number. Sums of such words are what
+    is wanted: i*n + j and score + score. scores (2, ..., n) float32, n*n <= 2^24 -> (..., K) float32, (..., K) int32."""
+    n = scores.shape[-1]
+    words = torch.complex(torch.arange(n, dtype=torch.float32), scores.contiguous()).view(2, -1, n)  # (2, rows, n)
+    words.numpy().view(np.float64).sort()
+    if not words[..., [0, -1]].imag.isfinite().all():  # a complex sum multiplies by 1 + 0i, and 0 times infinity would be the index
+        return topk_sums_reference(scores, K)                               # (..., K) both
+    a, b = words[..., -K:].flip(-1)                                         # (rows, K) both, largest first
+    a.real.mul_(n)
+    # the pairs of candidates(K), block by block: (i, i), (i, i+1), ... and (i+1, i), (i+2, i), ...
+    words = torch.cat([pairs for i in range(math.isqrt(K)) for pairs in (a[:, i, None] + b[:, i:K // (i + 1)],
+                                                                         a[:, i + 1:K // (i + 1)] + b[:, i, None])], dim=1)  # (rows, M)
+    words.numpy().view(np.float64).sort()
+    top = words[:, -K:].view(*scores.shape[1:-1], K)                        # (..., K), largest last
+    return top.imag.flip(-1), top.real.int().flip(-1)                       # (..., K) both
 
 
 if triton is not None:
@@ -344,7 +341,7 @@ if triton is not None:
         slot = tl.gather(ai, first, 0) * n + tl.gather(bi, second, 0)       # (BLOCK_M,)
         total, slot = unpack(tl.topk(pack(total, slot, m < M), BLOCK_K))    # (BLOCK_K,) both
         tl.store(best + query * K + k, total, mask=k < K)
-        tl.store(slots + query * K + k, slot.to(tl.int64), mask=k < K)
+        tl.store(slots + query * K + k, slot, mask=k < K)
 
     @triton.jit
     def topk_sums_backward_kernel(grad, slots, grad_scores, rows, n, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr):
@@ -371,7 +368,7 @@ def topk_sums_op(scores: torch.Tensor, K: int) -> tuple[torch.Tensor, torch.Tens
     if uses_triton(scores.device) and scores.dtype != torch.float64:
         n, rows, pairs = scores.shape[-1], scores[0].numel() // scores.shape[-1], candidates(K, scores.device)
         best = scores.new_empty(*scores.shape[1:-1], K, dtype=torch.float32)                             # (..., K)
-        slots = torch.empty_like(best, dtype=torch.int64)                                                # (..., K)
+        slots = torch.empty_like(best, dtype=torch.int32)                                                # (..., K)
         if rows:
             topk_sums_kernel[(rows,)](scores.contiguous(), pairs, best, slots, rows, n, K, pairs.shape[1],
                                       *(max(triton.next_power_of_2(x), 2) for x in (n, K, pairs.shape[1])),  # 2: Triton 3.6 sorts no single one
@@ -392,7 +389,7 @@ def topk_sums_backward_op(grad: torch.Tensor, slots: torch.Tensor, n: int, dtype
             topk_sums_backward_kernel[(rows, 2)](grad.contiguous(), slots, grad_scores, rows, n, K, triton.next_power_of_2(n), block_k,
                                                  min(block_k, max(1024 // block_k, 1)), num_warps=1)
         return grad_scores
-    halves = torch.stack((first := slots.div(n, rounding_mode="trunc"), slots - first * n))              # (2, ..., K): // and %, but faster
+    halves = torch.stack((slots // n, slots % n))                           # (2, ..., K)
     return grad.new_zeros(2, *slots.shape[:-1], n).scatter_add_(-1, halves, grad.expand_as(halves)).to(dtype)  # (2, ..., n)
 
 
@@ -404,7 +401,7 @@ def topk_sums_save(ctx, inputs, output):
 
 topk_sums_op.register_fake(lambda scores, K: (
     scores.new_empty(*scores.shape[1:-1], K, dtype=torch.promote_types(scores.dtype, torch.float32)),
-    scores.new_empty(*scores.shape[1:-1], K, dtype=torch.int64)))
+    scores.new_empty(*scores.shape[1:-1], K, dtype=torch.int32)))
 topk_sums_backward_op.register_fake(lambda grad, slots, n, dtype: grad.new_empty(2, *slots.shape[:-1], n, dtype=dtype))
 topk_sums_op.register_autograd(lambda ctx, grad, _: (topk_sums_backward_op(grad, *ctx.saved_tensors, ctx.n, ctx.dtype), None),
                                setup_context=topk_sums_save)
@@ -414,7 +411,7 @@ def topk_sums(scores, K):
     """The K largest of the n*n sums scores[0, ..., i] + scores[1, ..., j], without building them (product keys, arXiv 1907.05242).
 
     scores (2, ..., n) float -> best (..., K) the sums, largest first, in at least float32, differentiable in the scores; slots (..., K)
-    int64 = i*n + j. Exact: ties in any order. Raises ValueError if K > n.
+    int32 = i*n + j. Exact: ties in any order. n*n < 2^31. Raises ValueError if K > n.
     """
     if not 1 <= K <= scores.shape[-1]:
         raise ValueError(f"K = {K} is not between 1 and the {scores.shape[-1]} half-keys")
@@ -597,7 +594,7 @@ def main():
                     curves.setdefault(f"{way}, {str(dtype)[6:]}", {})[S, D] = rate
     for n, dtype in [(n, dtype) for dtype in (dtypes if gpu else dtypes[:1]) for n in (128, 256, 1024)]:
         scores = [(torch.randn(2, 4, N, n, device=device, dtype=dtype),) for _ in range(4)]     # (2, H, N, n)
-        moved = scores[0][0].nbytes + 4 * N * 32 * 12
+        moved = scores[0][0].nbytes + 4 * N * 32 * 8
         print(f"product-key top 32 of {n} x {n}, {4 * N} queries, {str(dtype)[6:]}")
         time_row("ours", lambda s: topk_sums(s, 32), moved, copy_rate, inputs=scores)
         time_row("torch.topk", lambda s: topk_sums_reference(s, 32), moved, copy_rate, inputs=scores)

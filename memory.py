@@ -24,7 +24,7 @@ from kernel import adamw_, gather, topk_sums
 def product_key_topk(queries, half_keys, K):
     """The K slots whose product keys score highest. Slot i*n + j has the key (half_keys[0, h, i], half_keys[1, h, j]).
 
-    queries (N, H, 2, d), half_keys (2, H, n, d), one dtype -> scores (N, H, K), largest first, slots (N, H, K) int64 in [0, n*n).
+    queries (N, H, 2, d), half_keys (2, H, n, d), one dtype -> scores (N, H, K), largest first, slots (N, H, K) int32 in [0, n*n).
     Exact (product keys, arXiv 1907.05242). Raises ValueError if K > n.
     """
     scores = queries.permute(2, 1, 0, 3) @ half_keys.transpose(-1, -2)      # (2, H, N, n)
@@ -126,13 +126,13 @@ class MemoryTable(nn.Module):
             rows.copy_(torch.empty(len(rows), self.value_dim).normal_(std=std)[:, self.dims])
 
     def read(self, slots, weights):
-        """slots (N, R) int64, weights (N, R) -> (N, D). In parallel, N is the same on all ranks of the group."""
+        """slots (N, R) int32, weights (N, R) -> (N, D). In parallel, N is the same on all ranks of the group."""
         if self.counting:  # in 2^-24ths: whole numbers add up to the same sum in any order, so any device gives the same statistics
             share = (weights.detach().float() * 2**24).ceil().long()        # (N, R)
             self.read_weight.index_add_(0, slots.reshape(-1), share.reshape(-1))
         if self.parts == 1:
             return gather(self.values, slots, weights, self.grad_sum)       # (N, D)
-        slots, weights = AllGather.apply(slots.int(), self.group), AllGather.apply(weights, self.group)  # (P*N, R) both
+        slots, weights = AllGather.apply(slots, self.group), AllGather.apply(weights, self.group)  # (P*N, R) both
         return Exchange.apply(gather(self.values, slots, weights, self.grad_sum), self.group)            # (N, D), of (P*N, D/P)
 
     def count(self, on):
@@ -237,7 +237,7 @@ class ProductKeyMemory(nn.Module):
         self.tables = [table]  # in a list, so that the table is a submodule of the GPT alone
 
     def search(self, x):
-        """The slots each token reads and how much of each. x (N, C) -> slots (N, H, K) int64, weights (N, H, K), summing to 1 over K."""
+        """The slots each token reads and how much of each. x (N, C) -> slots (N, H, K) int32, weights (N, H, K), summing to 1 over K."""
         q = self.query(x).view(len(x), self.heads, 2, self.half_dim)        # (N, H, 2, d)
         keys = self.half_keys.to(q.dtype)                                   # (2, H, n, d)
         if self.qk_norm:
