@@ -283,19 +283,19 @@ def topk_sums_reference(scores, K):
 
 
 def topk_sums_cpu(scores, K):
-    """The method by two sorts. A complex number is two float32, here index + score * i. Read as one float64 it sorts by its high half, the
-    score, and the index goes along; numpy sorts float64 in vectors, where torch.topk branches at each number. Sums of such words are what
-    is wanted: i*n + j and score + score. scores (2, ..., n) float32, n*n <= 2^24 -> (..., K) float32, (..., K) int32."""
+    """The method by two sorts. A complex number is two float32: index + 1j * score. Read as one float64 it sorts by its high half, the score,
+    and takes the index along; numpy sorts float64 in vectors, where torch.topk branches at each number. The sum of two is what is wanted
+    of a pair: i*n + j, and the sum of the scores. scores (2, ..., n) float32, n*n <= 2^24 -> (..., K) float32, (..., K) int32."""
     n = scores.shape[-1]
     words = torch.complex(torch.arange(n, dtype=torch.float32), scores.contiguous()).view(2, -1, n)  # (2, rows, n)
     words.numpy().view(np.float64).sort()
-    if not words[..., [0, -1]].imag.isfinite().all():  # a complex sum multiplies by 1 + 0i, and 0 times infinity would be the index
+    if not words[..., [0, -1]].imag.isfinite().all():  # torch multiplies what it adds by 1 + 0j: 0 times inf would be the index
         return topk_sums_reference(scores, K)                               # (..., K) both
-    a, b = words[..., -K:].flip(-1)                                         # (rows, K) both, largest first
+    a, b = words[..., -K:]                                                  # (rows, K) both, largest last: rank i is column ~i
     a.real.mul_(n)
-    # the pairs of candidates(K), block by block: (i, i), (i, i+1), ... and (i+1, i), (i+2, i), ...
-    words = torch.cat([pairs for i in range(math.isqrt(K)) for pairs in (a[:, i, None] + b[:, i:K // (i + 1)],
-                                                                         a[:, i + 1:K // (i + 1)] + b[:, i, None])], dim=1)  # (rows, M)
+    # the pairs of candidates(K), block by block: ..., (i, i+1), (i, i) and ..., (i+2, i), (i+1, i)
+    words = torch.cat([pairs for i in range(math.isqrt(K)) for pairs in (a[:, ~i, None] + b[:, K - K // (i + 1):K - i],
+                                                                         a[:, K - K // (i + 1):~i] + b[:, ~i, None])], dim=1)  # (rows, M)
     words.numpy().view(np.float64).sort()
     top = words[:, -K:].view(*scores.shape[1:-1], K)                        # (..., K), largest last
     return top.imag.flip(-1), top.real.int().flip(-1)                       # (..., K) both

@@ -477,9 +477,9 @@ if kernel.triton is not None:
                                               dict(BLOCK_R=rows, BLOCK_D=block_d), warps, rows * block_d * (4 if number == "fp32" else 2) // (16 * 32 * warps), 96)
         BUILDS[f"backward {number}"] = ("gather_backward_kernel", f"*{number} *{number} *fp32 *i32 *i32 *i32 *fp32 *fp32 *fp32 *i32 i32 i32",
                                         dict(CHUNK=128, BLOCK_D=256, FIRST=True), 1, 12 if number == "fp32" else 8, 64)
-        BUILDS[f"topk {number}"] = ("topk_sums_kernel", f"*{number} *i64 *fp32 *i64 i32 i32 i32 i32",
+        BUILDS[f"topk {number}"] = ("topk_sums_kernel", f"*{number} *i64 *fp32 *i32 i32 i32 i32 i32",
                                     dict(BLOCK_N=256, BLOCK_K=32, BLOCK_M=128), 1, 2, 128)
-    BUILDS["topk backward"] = ("topk_sums_backward_kernel", "*fp32 *i64 *fp32 i32 i32 i32", dict(BLOCK_N=1024, BLOCK_K=32, BLOCK_J=32), 1, 8, 64)
+    BUILDS["topk backward"] = ("topk_sums_backward_kernel", "*fp32 *i32 *fp32 i32 i32 i32", dict(BLOCK_N=1024, BLOCK_K=32, BLOCK_J=32), 1, 8, 64)
     BUILDS["adamw"] = ("adamw_kernel", "*i16 *i16 *i16 *fp32 *fp32 i32 i32 i32 i32 fp32 fp32 fp32 fp32 fp32 i32",
                        dict(BLOCK_S=1, BLOCK_W=1024), 4, 10, 128)
 
@@ -516,9 +516,9 @@ def test_selection_of_any_size_builds(n, K, monkeypatch):
         for name in ("topk_sums_kernel", "topk_sums_backward_kernel"):
             m.setattr(kernel, name, Recorder(name))
         torch.ops.nanomemory.topk_sums(torch.zeros(2, 3, n), K)
-        torch.ops.nanomemory.topk_sums_backward(torch.zeros(3, K), torch.zeros(3, K, dtype=torch.int64), n, torch.float32)
+        torch.ops.nanomemory.topk_sums_backward(torch.zeros(3, K), torch.zeros(3, K, dtype=torch.int32), n, torch.float32)
     assert len(launches) == 2
-    for name, signature in (("topk_sums_kernel", "*fp32 *i64 *fp32 *i64 i32 i32 i32 i32"), ("topk_sums_backward_kernel", "*fp32 *i64 *fp32 i32 i32 i32")):
+    for name, signature in (("topk_sums_kernel", "*fp32 *i64 *fp32 *i32 i32 i32 i32 i32"), ("topk_sums_backward_kernel", "*fp32 *i32 *fp32 i32 i32 i32")):
         names = [p.name for p in getattr(kernel, name).params]
         constants = {k: x for k, x in zip(names, launches[name]) if not torch.is_tensor(x) and (k.startswith("BLOCK") or x == 1)}
         assert "st.global" in build(name, signature, constants, 90, 1)[0]
