@@ -351,15 +351,15 @@ def compare(folders):
                "MFLOP/tok": ("flops_per_token", 1e-6), "val loss": ("val_loss", 1), "recall": ("recall", 1),
                "unseen phr.": ("recall_unseen_phrasing", 1), "bits/param": ("bits_per_param", 1)}
     groups = {}
-    print(f"{'run':36s}" + "".join(f"{title:>15s}" for title in columns))
+    print(f"{'run':36s}" + "".join(f"{title:>18s}" for title in columns))
     for folder in folders:
         r, kind, _ = read_run(folder)
         numbers = [(r.get(key) or 0) * scale for key, scale in columns.values()]
-        print(f"{Path(folder).name:36s}" + "".join(f"{x:15.3f}" for x in numbers))
+        print(f"{Path(folder).name:36s}" + "".join(f"{x:18.3f}" for x in numbers))
         groups.setdefault(kind, (Path(folder).name, []))[1].append(numbers)
     for name, numbers in groups.values():
         if len(numbers) > 1:
-            print(f"{name + f', mean of {len(numbers)}':36s}" + "".join(f"{np.mean(x):8.3f} ±{np.std(x, ddof=1):5.3f}" for x in zip(*numbers)))
+            print(f"{name + f', mean of {len(numbers)}':36s}" + "".join(f"{np.mean(x):9.3f} ±{np.std(x, ddof=1):7.3f}" for x in zip(*numbers)))
     (first, base), *others = groups.values()
     for name, numbers in others:
         ratios = zip(columns, np.mean(numbers, axis=0), np.mean(base, axis=0))

@@ -67,11 +67,6 @@ def test_sizes(ffn):
     assert f"{run['params']['total']:,}" in README and f"{run['flops_per_token']:,}" in README
 
 
-def test_dense_gets_no_fewer_flops():
-    flops = {kind: {r["flops_per_token"] for name, r in RUNS.items() if name.startswith("facts-") and r["ffn"] == kind} for kind in ("dense", "memory")}
-    assert len(flops["dense"]) == 1 and len(flops["memory"]) == 2 and min(flops["dense"]) >= max(flops["memory"])
-
-
 KINDS = {"| Memory |": "facts-memory", "| Memory+ |": "facts-plus", "| dense |": "facts-dense", "| dense, equal time |": "facts-dense-long"}
 
 
@@ -106,6 +101,36 @@ def test_what_a_bfloat16_table_recalls():
 def test_the_costs_of_parallel_memory_are_those_memory_py_prints():
     done = subprocess.run([sys.executable, "memory.py"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and f"```\n{done.stdout}```" in README
+
+
+def test_dense_gets_no_fewer_flops():
+    dense, memory = (set(sum((of(kind, "flops_per_token") for kind in kinds), [])) for kinds in (
+        ("facts-dense", "facts-dense-long"), ("facts-memory", "facts-plus", *SLOTS.values())))
+    assert len(dense) == 1 and min(dense) >= max(memory)
+
+
+SLOTS = {"1,024": "facts-n32", "4,096": "facts-n64", "16,384": "facts-memory", "65,536": "facts-n256"}
+
+
+@pytest.mark.parametrize("row, kind", (SLOTS | {"dense": "facts-dense", "dense, twice as wide": "facts-dense-128"}).items())
+def test_more_slots(row, kind):
+    line = next(x for x in README.split("### More slots", 1)[1].splitlines() if x.startswith(f"| {row} |"))
+    for key, digits in (("recall", 3), ("recall_unseen_phrasing", 3), ("val_loss", 3), ("seconds", 0)):
+        assert mean(kind, key, digits) in line, (key, mean(kind, key, digits), line)
+    used = of(kind, "memory_usage")
+    assert f"| {of(kind, 'params')[0]['total']:,} | {of(kind, 'flops_per_token')[0]:,} |" in line
+    assert (f" {100 * statistics.mean(used):.0f}% " in line) if kind in SLOTS.values() else used == [None] * 3
+
+
+def test_what_it_claims_of_slots_and_reads():
+    recall = [of(kind, "recall") for kind in ("facts-dense", *SLOTS.values())]
+    assert all(max(few) < min(more) for few, more in zip(recall[1:], recall[2:])), "in every seed"
+    wide, most, dense, default = (statistics.mean(of(kind, "recall")) for kind in ("facts-dense-128", "facts-n256", "facts-dense", "facts-memory"))
+    tuned = [RUNS[f"facts-dense-128-{run}"]["recall"] for run in ("1", "lr3e-3", "lr7.5e-4")]
+    assert max(tuned) == tuned[0] and f"({tuned[0]:.3f} with seed 1; 3e-3: {tuned[1]:.3f}, 7.5e-4: {tuned[2]:.3f})" in README
+    assert f"{most / dense:.1f} times" in README and f"{most / wide:.1f} times" in README
+    gain = (statistics.mean(of("facts-k8", "recall")) - dense) / (default - dense)
+    assert f"`--mem-topk 8` recalls {mean('facts-k8', 'recall', 3)}: {gain:.0%} of the gain" in " ".join(README.split())
 
 
 def test_what_was_tried():
