@@ -126,13 +126,13 @@ class MemoryTable(nn.Module):
             rows.copy_(torch.empty(len(rows), self.value_dim).normal_(std=std)[:, self.dims])
 
     def read(self, slots, weights):
-        """slots (N, R) int32, weights (N, R) -> (N, D). In parallel, N is the same on all ranks of the group."""
+        """slots (N, R) int32 or int64, weights (N, R) -> (N, D). In parallel, N is the same on all ranks of the group."""
         if self.counting:  # in 2^-24ths: whole numbers add up to the same sum in any order, so any device gives the same statistics
             share = (weights.detach().float() * 2**24).ceil().long()        # (N, R)
             self.read_weight.index_add_(0, slots.reshape(-1), share.reshape(-1))
         if self.parts == 1:
             return gather(self.values, slots, weights, self.grad_sum)       # (N, D)
-        slots, weights = AllGather.apply(slots, self.group), AllGather.apply(weights, self.group)  # (P*N, R) both
+        slots, weights = AllGather.apply(slots.int(), self.group), AllGather.apply(weights, self.group)  # (P*N, R) both
         return Exchange.apply(gather(self.values, slots, weights, self.grad_sum), self.group)            # (N, D), of (P*N, D/P)
 
     def count(self, on):
