@@ -135,7 +135,7 @@ def test_what_it_claims_of_slots_and_reads():
 
 def test_what_was_tried():
     tried = {line.split("|")[2].strip() for line in README.split("What was tried", 1)[1].split("## Speed")[0].splitlines() if line.startswith("|")}
-    runs = [name for name in RUNS if not name.startswith("facts-")] + ["facts-memory-1", "facts-plus-1", "facts-dense-1"]
+    runs = [name for name in RUNS if not name.startswith("facts-")] + ["facts-memory-1", "facts-plus-1", "facts-dense-1", "facts-k8-1"]
     assert len(runs) >= 8 and tried - {"facts recalled", "---"} == {f"{RUNS[name]['recall']:.3f}" for name in runs}
 
 
