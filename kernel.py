@@ -1,5 +1,5 @@
 """
-The operations a memory layer is made of, each as a plain definition beside a fast version:
+The operations a memory layer is made of, in plain torch and in Triton:
 
     gather      y[t] = sum_r weights[t, r] * values[indices[t, r]]        read R slots of the value table per token
     topk_sums   the K largest of the n*n sums scores[0, i] + scores[1, j]     find those slots from 2n scores
@@ -36,9 +36,7 @@ except ImportError as e:  # Windows, macOS: everything works without it
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU, slowly, in float32: for tests and for learning
 _backend = "auto"
-with warnings.catch_warnings():  # torch says once that sparse tensors are in beta: let it be now
-    warnings.simplefilter("ignore")
-    torch.sparse_csr_tensor([0, 0], [], [], (1, 1))
+warnings.filterwarnings("ignore", "Sparse CSR tensor support")  # is in beta, says torch
 
 
 def backend(name=None):
@@ -64,7 +62,7 @@ def describe_backend(device):
         return f"memory: Triton kernels ({'interpreted on the CPU' if INTERPRETED else torch.cuda.get_device_name(device)})"
     why = "chosen by backend()" if _backend == "torch" else TRITON_MISSING or (
         "TRITON_INTERPRET is set" if torch.device(device).type == "cuda" else f"Triton needs a CUDA GPU, this is {device}")
-    return f"memory: torch's embedding_bag, numpy's sort ({why})"
+    return f"memory: torch ({why})"
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -85,12 +83,12 @@ def gather(values, indices, weights, grad_sum=None):
     and the same bits on every run: no float atomics. grad_sum (S, D) float32: the gradient of the values is added to it in place (by Triton
     only in rows that were read), and values itself needs no grad. Raises ValueError for shapes that do not fit.
     """
-    if values.dim() != 2 or indices.dim() != 2 or indices.shape != weights.shape or indices.numel() >= 2**31:
-        raise ValueError(f"gather wants values (S, D) and indices, weights of one shape (N, R), N*R < 2^31; got values {tuple(values.shape)}, "
+    if values.dim() != 2 or indices.dim() != 2 or indices.shape != weights.shape or indices.numel() > 2**31 - 2**7:
+        raise ValueError(f"gather wants values (S, D) and indices, weights of one shape (N, R), N*R <= 2^31 - 2^7; got values {tuple(values.shape)}, "
                          f"indices {tuple(indices.shape)}, weights {tuple(weights.shape)}")
     weights = weights.to(torch.promote_types(values.dtype, torch.float32))  # (N, R)
-    if values.device.type == "mps" and grad_sum is None:
-        return gather_reference(values, indices, weights)  # (N, D): few operations exist there
+    if values.numel() * indices.numel() == 0 or (values.device.type == "mps" and grad_sum is None):  # few operations exist there
+        return gather_reference(values, indices, weights)                   # (N, D)
     return torch.ops.nanomemory.gather(values.contiguous(), indices.int().contiguous(), weights.contiguous(), grad_sum)
 
 
@@ -106,8 +104,6 @@ def group_by_slot(indices, S):
 
 def bag(values, indices, weights, starts=None):
     """F.embedding_bag in at least float32. indices, weights (N, R), or (L,) with bag b = starts[b] : starts[b+1] -> (bags, D)."""
-    if len(values) == 0 or indices.numel() == 0:
-        return weights.new_zeros(len(indices) if starts is None else len(starts) - 1, values.shape[1])
     return F.embedding_bag(indices, values.to(weights.dtype), starts, mode="sum", per_sample_weights=weights,
                            include_last_offset=starts is not None)
 
@@ -122,9 +118,7 @@ def gather_backward_torch(grad_y, values, indices, weights):
     # (N*R,): order // R, but faster
     tokens = torch.arange(N, dtype=torch.int32, device=values.device)[:, None].expand(N, R).reshape(-1).index_select(0, order)
     grad_values = bag(grad_y, tokens, weights.view(-1).index_select(0, order), starts)                   # (S, D)
-    if R > S:  # the whole product is no larger
-        return grad_values, (grad_y @ values.T).gather(1, indices)  # (S, D), (N, R)
-    if values.device.type != "cpu" or indices.numel() == 0:  # there is no sampled_addmm
+    if values.device.type != "cpu" or R > S:  # sampled_addmm wants no more places than the matrix has
         return grad_values, torch.einsum("nd,nrd->nr", grad_y, values[indices])  # (S, D), (N, R)
     places = torch.sparse_csr_tensor(torch.arange(0, N * R + 1, R, dtype=torch.int32), indices.int().view(-1), weights.view(-1), (N, S),
                                      check_invariants=False)                # (N, S), R places in each row; what stands there is not used
@@ -171,14 +165,15 @@ if triton is not None:
             tl.store(edge_slots + 2 * p, slot)
             tl.store(edge_slots + 2 * p + 1, tl.load(slots + end - 1))
         for i in range(end - begin):
-            l = begin + i
+            l = begin + i                                                   # all loads first: while one waits for memory, the others do
             at, following = slot.to(tl.int64) * D + d, tl.load(slots + l + 1, mask=l + 1 < end, other=-1)        # (BLOCK_D,), ()
             if FIRST:
                 position, token = tl.load(order + l), tl.load(tokens + l)
-                w, v = tl.load(weights + position), tl.load(values + at, mask=d < D, other=0.0).to(tl.float32)    # (), (BLOCK_D,)
+                v, w = tl.load(values + at, mask=d < D, other=0.0).to(tl.float32), tl.load(weights + position)    # (BLOCK_D,), ()
             else:
                 w, token = 1.0, l
             g = tl.load(grad_y + token.to(tl.int64) * D + d, mask=d < D, other=0.0).to(tl.float32)                # (BLOCK_D,)
+            before = tl.load(grad_sum + at, mask=d < tl.where(following != slot, D, 0), other=0.0)                 # (BLOCK_D,)
             total += w * g                                                  # (BLOCK_D,)
             if FIRST:
                 tl.store(grad_w + block.to(tl.int64) * L + position, tl.sum(g * v))
@@ -188,21 +183,19 @@ if triton is not None:
                 elif slot == tail:
                     tl.store(edge_row + D, total, mask=d < D)
                 else:
-                    tl.store(grad_sum + at, tl.load(grad_sum + at, mask=d < D, other=0.0) + total, mask=d < D)
+                    tl.store(grad_sum + at, before + total, mask=d < D)
                 slot, total = following, tl.zeros((BLOCK_D,), tl.float32)   # (), (BLOCK_D,)
 
 
 def tile(D):
     """Rows, dims (a power of two) and warps of a tile. A thread reads 8 numbers of a row: 16 bytes of bfloat16."""
-    block_d = min(max(D & -D, 256), triton.next_power_of_2(max(D, 1)), 1024)
+    block_d = min(max(D & -D, 256), triton.next_power_of_2(D), 1024)
     return max(2048 // block_d, 4), block_d, max(block_d // 256, 1)
 
 
 def gather_backward_triton(grad_y, values, indices, weights, grad_sum, chunk=128):
     """Adds the values' gradient to grad_sum (S, D) float32; returns that of the weights (N, R). chunk >= 4, so that each round is shorter."""
     (N, R), D = indices.shape, values.shape[1]
-    if N * R * D == 0:
-        return torch.zeros_like(weights)                                    # (N, R)
     slots, order = group_by_slot(indices, len(values))                      # (L,), (L,), L = N * R
     slots, tokens, order = slots.int(), (order // R).int(), order.int()     # (L,) each
     block_d, first = min(tile(D)[1], 256), True
@@ -214,7 +207,7 @@ def gather_backward_triton(grad_y, values, indices, weights, grad_sum, chunk=128
                                                    chunk, block_d, first, num_warps=1)
         if programs == 1:
             return grad_w.sum(0)                                            # (N, R)
-        grad_y, slots, first = edges, edge_slots, False
+        grad_y, slots, first, chunk = edges, edge_slots, False, min(chunk, 16)  # few are left: in short chunks they take many programs
 
 
 # custom_op makes each operation one opaque node for torch.compile (no graph break); the fake says only what shape comes out.
@@ -223,9 +216,8 @@ def gather_op(values: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
     if uses_triton(values.device) and values.dtype != torch.float64:
         (N, R), D = indices.shape, values.shape[1]
         y, (rows, block_d, warps) = values.new_empty(N, D), tile(D)         # (N, D)
-        if y.numel():
-            gather_kernel[(N, triton.cdiv(D, block_d))](values, indices, weights, y, R, D, min(rows, triton.next_power_of_2(max(R, 1))),
-                                                        block_d, num_warps=warps)
+        gather_kernel[(N, triton.cdiv(D, block_d))](values, indices, weights, y, R, D, min(rows, triton.next_power_of_2(R)), block_d,
+                                                    num_warps=warps)
         return y
     if values.dtype == torch.bfloat16 and indices.numel() < len(values):
         return gather_reference(values, indices, weights)  # a few rows: do not widen the whole table for them
@@ -285,20 +277,25 @@ def topk_sums_reference(scores, K):
 def topk_sums_cpu(scores, K):
     """The method by two sorts. A complex number is two float32: index + 1j * score. Read as one float64 it sorts by its high half, the score,
     and takes the index along; numpy sorts float64 in vectors, where torch.topk branches at each number. The sum of two is what is wanted
-    of a pair: i*n + j, and the sum of the scores. scores (2, ..., n) float32, n*n <= 2^24 -> (..., K) float32, (..., K) int32."""
+    of a pair: i*n + j, and the sum of the scores. scores (2, ..., n) float32, n <= 256 or a multiple of it,
+    n*n <= 2^24 -> (..., K) float32, (..., K) int32."""
     n = scores.shape[-1]
-    words = torch.complex(torch.arange(n, dtype=torch.float32), scores.contiguous()).view(2, -1, n)  # (2, rows, n)
+    index = torch.arange(n, dtype=torch.float32) * torch.tensor([[[n]], [[1]]])                  # (2, 1, n): i*n, j
+    words = torch.complex(index, scores.reshape(2, -1, n))                  # (2, rows, n)
+    if n > 256:  # so many numpy sorts within registers: the best of each 256 first, then the best of those
+        words = words.unflatten(-1, (-1, 256))                              # (2, rows, n / 256, 256)
+        words.numpy().view(np.float64).sort()
+        words = words[..., -K:].flatten(2)                                  # (2, rows, n / 256 * K)
     words.numpy().view(np.float64).sort()
-    if not words[..., ::max(n - 1, 1)].imag.isfinite().all():  # torch multiplies what it adds by 1 + 0j: 0 times inf would be the index
-        return topk_sums_reference(scores, K)                               # (..., K) both
     a, b = words[..., -K:]                                                  # (rows, K) both, largest last: rank i is column ~i
-    a.real.mul_(n)
     # the pairs of candidates(K), block by block: ..., (i, i+1), (i, i) and ..., (i+2, i), (i+1, i)
     words = torch.cat([pairs for i in range(math.isqrt(K)) for pairs in (a[:, ~i, None] + b[:, K - K // (i + 1):K - i],
                                                                          a[:, K - K // (i + 1):~i] + b[:, ~i, None])], dim=1)  # (rows, M)
     words.numpy().view(np.float64).sort()
-    top = words[:, -K:].view(*scores.shape[1:-1], K)                        # (..., K), largest last
-    return top.imag.flip(-1), top.real.int().flip(-1)                       # (..., K) both
+    top = words[:, -K:].flip(-1).view(*scores.shape[1:-1], K)               # (..., K), largest first
+    if top.real.sum().isnan():  # torch multiplies what it adds by 1 + 0j: 0 times an infinite score spoils the index
+        return topk_sums_reference(scores, K)                               # (..., K) both
+    return top.imag.contiguous(), top.real.int()                            # (..., K) both
 
 
 if triton is not None:
@@ -331,10 +328,12 @@ if triton is not None:
         never reach memory. scores (2, rows, n), pairs (2, M), best, slots (rows, K)."""
         query = tl.program_id(0).to(tl.int64)
         i, m, k = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)             # (BLOCK_N,), (BLOCK_M,), (BLOCK_K,)
-        left = tl.load(scores + query * n + i, mask=i < n, other=0.0)       # (BLOCK_N,)
-        right = tl.load(scores + (rows + query) * n + i, mask=i < n, other=0.0)                   # (BLOCK_N,)
-        a, ai = unpack(tl.topk(pack(left, i, i < n), BLOCK_K))              # (BLOCK_K,) both, largest first
-        b, bi = unpack(tl.topk(pack(right, i, i < n), BLOCK_K))             # (BLOCK_K,) both
+        b, bi = tl.zeros((BLOCK_K,), tl.float32), tl.zeros((BLOCK_K,), tl.int32)                  # (BLOCK_K,) both
+        a, ai = b, bi
+        for side in range(2):  # a loop, so that there is but one copy of this code: sorting takes thousands of instructions
+            half = tl.load(scores + (side * rows + query) * n + i, mask=i < n, other=0.0)         # (BLOCK_N,)
+            a, ai = b, bi                                                   # (BLOCK_K,) both
+            b, bi = unpack(tl.topk(pack(half, i, i < n), BLOCK_K))          # (BLOCK_K,) both, largest first
         first = tl.load(pairs + m, mask=m < M, other=0).to(tl.int32)        # (BLOCK_M,)
         second = tl.load(pairs + M + m, mask=m < M, other=0).to(tl.int32)   # (BLOCK_M,)
         total = tl.gather(a, first, 0) + tl.gather(b, second, 0)            # (BLOCK_M,)
@@ -365,8 +364,9 @@ if triton is not None:
 
 @torch.library.custom_op("nanomemory::topk_sums", mutates_args=())
 def topk_sums_op(scores: torch.Tensor, K: int) -> tuple[torch.Tensor, torch.Tensor]:
+    n = scores.shape[-1]
     if uses_triton(scores.device) and scores.dtype != torch.float64:
-        n, rows, pairs = scores.shape[-1], scores[0].numel() // scores.shape[-1], candidates(K, scores.device)
+        rows, pairs = scores[0].numel() // n, candidates(K, scores.device)
         best = scores.new_empty(*scores.shape[1:-1], K, dtype=torch.float32)                             # (..., K)
         slots = torch.empty_like(best, dtype=torch.int32)                                                # (..., K)
         if rows:
@@ -374,8 +374,8 @@ def topk_sums_op(scores: torch.Tensor, K: int) -> tuple[torch.Tensor, torch.Tens
                                       *(max(triton.next_power_of_2(x), 2) for x in (n, K, pairs.shape[1])),  # 2: Triton 3.6 sorts no single one
                                       num_warps=min(max(n // (1024 if scores.dtype == torch.bfloat16 else 512), 1), 8))
         return best, slots
-    if scores.device.type == "cpu" and scores.dtype == torch.float32 and scores.shape[-1] <= 256:
-        return topk_sums_cpu(scores, K)  # to sort all of more costs more than torch's selection
+    if scores.device.type == "cpu" and scores.dtype == torch.float32 and n <= 1024 and n % min(n, 256) == 0:
+        return topk_sums_cpu(scores, K)
     return topk_sums_reference(scores, K)
 
 
@@ -389,7 +389,8 @@ def topk_sums_backward_op(grad: torch.Tensor, slots: torch.Tensor, n: int, dtype
             topk_sums_backward_kernel[(rows, 2)](grad.contiguous(), slots, grad_scores, rows, n, K, triton.next_power_of_2(n), block_k,
                                                  min(block_k, max(1024 // block_k, 1)), num_warps=1)
         return grad_scores
-    halves = torch.stack((slots // n, slots % n))                           # (2, ..., K)
+    left = slots // n                                                       # (..., K)
+    halves = torch.stack((left, slots - n * left))                          # (2, ..., K)
     return grad.new_zeros(2, *slots.shape[:-1], n).scatter_add_(-1, halves, grad.expand_as(halves)).to(dtype)  # (2, ..., n)
 
 

@@ -180,7 +180,7 @@ class TableAdamW(torch.optim.AdamW):
             ranks = mesh.size()
             for grad in grads:
                 dist.all_reduce(grad, group=mesh.get_group("replica"))
-        norm = torch.nn.utils.get_total_norm(grads)                         # ()
+        norm = torch.stack([torch.linalg.vector_norm(grad) for grad in grads]).norm()             # ()
         if mesh is not None:
             norm = norm.square()
             dist.all_reduce(norm, group=mesh.get_group("slice"))
@@ -257,12 +257,11 @@ class ProductKeyMemory(nn.Module):
 
 
 if __name__ == "__main__":
-    N, R, D, layers = 8192, 128, 2048, 3
-    print(f"What parallel memory costs, computed: one training step of {N} tokens a GPU, {layers} memory layers of {R} reads, D = {D}, values in bfloat16\n"
-          "(10 bytes each with gradient and moments). sliced: over all GPUs. whole: each GPU holds the table, its float32 gradient is averaged.")
-    for title, per in (("GB that each GPU sends", 1e9), ("ms that takes over NVLink (H100, H200: 450 GB/s one way)", 450e6),
-                       ("ms that takes over InfiniBand (400 Gbit/s a GPU)", 50e6), ("GB of table that each GPU holds", None)):
-        print(f"\n{title}\nGPUs{'sliced, ' + ('any size' if per else '2^26 slots'):>20s}" + "".join(f"{f'whole, 2^{k} slots':>20s}" for k in (20, 22, 24, 26)))
-        for W in (2, 4, 8, 16, 32, 64):
-            sliced = layers * parallel_bytes(N, R, D, W, number=2) / per if per else 10e-9 * 2**26 * D / W
-            print(f"{W:4d}{sliced:20.1f}" + "".join(f"{replicated_bytes(2**k, D, W) / per if per else 10e-9 * 2**k * D:20.1f}" for k in (20, 22, 24, 26)))
+    N, R, D, layers, sizes = 8192, 128, 2048, 3, (20, 22, 24, 26)
+    print(f"GB that each GPU sends in a training step, computed: {N} tokens a GPU, {layers} memory layers of {R} reads, D = {D}, values in bfloat16.\n"
+          "sliced: over all GPUs, any number of slots. whole: each GPU holds the table, its float32 gradient is averaged.\n")
+    print(f"{'GPUs':10s}{'sliced':>10s}" + "".join(f"{f'whole, 2^{k} slots':>20s}" for k in sizes))
+    for W in (2, 4, 8, 16, 32, 64):
+        print(f"{W:<10d}{layers * parallel_bytes(N, R, D, W, number=2) / 1e9:10.1f}" + "".join(f"{replicated_bytes(2**k, D, W) / 1e9:20.1f}" for k in sizes))
+    print(f"{'GB to hold':20s}" + "".join(f"{10e-9 * 2**k * D:20.1f}" for k in sizes) + "\n\nTo hold: 10 bytes a value, with gradient and moments; of a table "
+          "in P slices each GPU holds a P-th.")

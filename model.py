@@ -25,6 +25,14 @@ class Trouble(ValueError):
     """Something the user can mend: train.py and sample.py print it as one line and exit with status 1."""
 
 
+def pick_device(name):
+    """auto | cpu | cuda | cuda:1 | mps -> the device, auto: the fastest there is. Raises Trouble when this machine has none of that name."""
+    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    if not there.get(name.split(":")[0], name == "auto"):
+        raise Trouble(f"--device {name} is not to be had on this machine: use --device cpu")
+    return next(d for d in there if there[d]) if name == "auto" else name
+
+
 @dataclass
 class GPTConfig:
     vocab_size: int = 50304     # tokens in the vocabulary
@@ -279,7 +287,7 @@ class GPT(nn.Module):
         """AdamW in groups that add up to the model: matrices (decayed) and the rest (not); for the memory's values an optimizer of their own
         (own rate, not decayed, clipped apart) -> [AdamW, and with memory TableAdamW], the parameters of the first."""
         matrices = [p for n, p in self.named_parameters() if p.dim() == 2 and not n.startswith("wte") and not n.endswith(".values")]
-        rest = [p for n, p in self.named_parameters() if n.startswith("wte") or (p.dim() != 2)]
+        rest = [p for n, p in self.named_parameters() if n.startswith("wte") or p.dim() != 2]
         assert len(self.tables) + len(matrices) + len(rest) == len(list(self.parameters()))
         groups = [dict(params=matrices, peak=s.learning_rate, weight_decay=s.weight_decay), dict(params=rest, peak=s.learning_rate)]
         optimizers = [torch.optim.AdamW(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2), weight_decay=0.0, fused=True)]

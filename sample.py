@@ -15,7 +15,7 @@ B, T samples, tokens · V, C vocabulary, width · S, D slots and dim of the memo
 import argparse, codecs, difflib, math, signal, sys
 import numpy as np
 import torch
-from model import GPT
+from model import GPT, pick_device
 from prepare_data import load_tokenizer, read_meta
 
 NUMBERS = {  # flag: type, default, lowest, highest, help
@@ -44,10 +44,7 @@ def read_args(argv):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be from {low} to {high}")
-    there = [d for d, ok in dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True).items() if ok]
-    if args.device not in ["auto", *there]:
-        raise ValueError(f"--device {args.device} is not to be had on this machine: use --device {there[0]}")
-    args.device = there[0] if args.device == "auto" else args.device
+    args.device = pick_device(args.device)
     return args
 
 

@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import prepare_data
 from kernel import describe_backend
-from model import GPT, GPTConfig, Trouble
+from model import GPT, GPTConfig, Trouble, pick_device
 
 
 @dataclass
@@ -182,7 +182,7 @@ class Loader:
     def window(self, i):
         """i (b,) window numbers -> x, y (b, T) int64."""
         w = torch.from_numpy(self.tokens[np.asarray(i)[:, None] * self.T + np.arange(self.T + 1)].astype(np.int64))  # (b, T + 1)
-        return w[:, :-1], w[:, 1:]
+        return w[:, :-1].contiguous(), w[:, 1:].contiguous()                # only such are copied to a GPU while it works
 
     def batch(self, step, rows):
         """Rows of the global batch of a step, integers in [0, batch_size) -> x, y (b, T) int64."""
@@ -199,8 +199,8 @@ class Loader:
 # ---- what the model knows
 
 def share_out(n, rank, world):
-    """This rank's part of range(n), and how many of it count: parts are equally long, since ranks that share a table read it together, so
-    that at the end of the range numbers repeat."""
+    """This rank's part of range(n), and how many of it count. All parts are equally long, since ranks that share a table read it together:
+    what is missing at the end is filled with n - 1."""
     each = -(-n // world)
     return np.minimum(np.arange(rank * each, (rank + 1) * each), n - 1), min(max(n - rank * each, 0), each)
 
@@ -384,10 +384,7 @@ def keep_freed_memory():
 
 def choose_device(s, world):
     """The device of this rank, as a string; starts the process group where there are several ranks."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    device = next(d for d in there if there[d]) if s.device == "auto" else s.device
-    if not there.get(device.split(":")[0]):
-        raise Trouble(f"--device {device} is not to be had on this machine: use --device cpu")
+    device = pick_device(s.device)
     if s.ffn == "memory" and s.mem_dtype != "float32" and device == "mps":
         raise Trouble(f"--mem-dtype {s.mem_dtype} does not train on mps: use float32 there, or --device cpu")
     if world > 1 and device == "cuda":

@@ -8,6 +8,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 torch.set_num_threads(1)
 
 
+def pytest_configure(config):  # pytest sets aside what kernel.py ignores
+    config.addinivalue_line("filterwarnings", "ignore:Sparse CSR tensor support")
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """A tiny corpus of facts, to be read only."""
