@@ -36,7 +36,7 @@ except ImportError as e:  # Windows, macOS: everything works without it
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU, slowly, in float32: for tests and for learning
 _backend = "auto"
-warnings.filterwarnings("ignore", "Sparse CSR tensor support")  # is in beta, says torch
+warnings.filterwarnings("ignore", "Sparse (CSR tensor support|invariant checks)")  # are in beta, cost time, says torch
 
 
 def backend(name=None):
@@ -188,7 +188,8 @@ if triton is not None:
 
 
 def tile(D):
-    """Rows, dims (a power of two) and warps of a tile. A thread reads 8 numbers of a row: 16 bytes of bfloat16."""
+    """Rows, dims and warps of a tile. A thread reads 8 numbers of a row: 16 bytes of bfloat16. D & -D is the largest power of two that
+    divides D: with so many dims a tile, none is masked."""
     block_d = min(max(D & -D, 256), triton.next_power_of_2(D), 1024)
     return max(2048 // block_d, 4), block_d, max(block_d // 256, 1)
 
@@ -277,15 +278,10 @@ def topk_sums_reference(scores, K):
 def topk_sums_cpu(scores, K):
     """The method by two sorts. A complex number is two float32: index + 1j * score. Read as one float64 it sorts by its high half, the score,
     and takes the index along; numpy sorts float64 in vectors, where torch.topk branches at each number. The sum of two is what is wanted
-    of a pair: i*n + j, and the sum of the scores. scores (2, ..., n) float32, n <= 256 or a multiple of it,
-    n*n <= 2^24 -> (..., K) float32, (..., K) int32."""
+    of a pair: i*n + j, and the sum of the scores. scores (2, ..., n) float32, n*n <= 2^24 -> (..., K) float32, (..., K) int32."""
     n = scores.shape[-1]
     index = torch.arange(n, dtype=torch.float32) * torch.tensor([[[n]], [[1]]])                  # (2, 1, n): i*n, j
     words = torch.complex(index, scores.reshape(2, -1, n))                  # (2, rows, n)
-    if n > 256:  # so many numpy sorts within registers: the best of each 256 first, then the best of those
-        words = words.unflatten(-1, (-1, 256))                              # (2, rows, n / 256, 256)
-        words.numpy().view(np.float64).sort()
-        words = words[..., -K:].flatten(2)                                  # (2, rows, n / 256 * K)
     words.numpy().view(np.float64).sort()
     a, b = words[..., -K:]                                                  # (rows, K) both, largest last: rank i is column ~i
     # the pairs of candidates(K), block by block: ..., (i, i+1), (i, i) and ..., (i+2, i), (i+1, i)
@@ -374,8 +370,8 @@ def topk_sums_op(scores: torch.Tensor, K: int) -> tuple[torch.Tensor, torch.Tens
                                       *(max(triton.next_power_of_2(x), 2) for x in (n, K, pairs.shape[1])),  # 2: Triton 3.6 sorts no single one
                                       num_warps=min(max(n // (1024 if scores.dtype == torch.bfloat16 else 512), 1), 8))
         return best, slots
-    if scores.device.type == "cpu" and scores.dtype == torch.float32 and n <= 1024 and n % min(n, 256) == 0:
-        return topk_sums_cpu(scores, K)
+    if scores.device.type == "cpu" and scores.dtype == torch.float32 and n <= 256:
+        return topk_sums_cpu(scores, K)  # to sort all of more costs more than torch's selection
     return topk_sums_reference(scores, K)
 
 

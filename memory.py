@@ -44,8 +44,8 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 
 
 class AllGather(torch.autograd.Function):
-    """Each rank of a group gets the tokens of all: x (N, R) -> (P*N, R), in order of rank, N the same everywhere. Backward: each rank
-    gets what all found out about its own tokens and sums it, in order of rank, so that the bits are the same on every run."""
+    """Each rank of a group gets the tokens of all: x (N, R) -> (P*N, R), in order of rank, N the same everywhere. Backward: a
+    reduce-scatter, made of an exchange and a sum in order of rank, so that the bits are the same on every run."""
 
     @staticmethod
     def forward(ctx, x, group):
@@ -193,7 +193,7 @@ class TableAdamW(torch.optim.AdamW):
                 state["step"] += 1
                 adamw_(table.values, grad, state["exp_avg"], state["exp_avg_sq"], state["step"], group["lr"], *group["betas"], scale,
                        columns=(table.dims.start, table.value_dim))
-            else:
+            else:  # float32: torch's AdamW below takes it from .grad
                 if grad.device.type != "cpu" or scale != 1:                 # to look is free on a CPU, and spares a pass over the table
                     grad.mul_(scale)
                 table.values.grad = grad                                    # (S, D/P)

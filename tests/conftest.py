@@ -9,7 +9,7 @@ torch.set_num_threads(1)
 
 
 def pytest_configure(config):  # pytest sets aside what kernel.py ignores
-    config.addinivalue_line("filterwarnings", "ignore:Sparse CSR tensor support")
+    config.addinivalue_line("filterwarnings", "ignore:Sparse (CSR tensor support|invariant checks)")
 
 
 @pytest.fixture(scope="session")

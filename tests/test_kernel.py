@@ -332,7 +332,7 @@ def every_sum(scores):
 @pytest.mark.parametrize("kind", SCORES)
 def test_topk_sums_of_special_numbers(kind):
     torch.manual_seed(0)
-    for n in (1, 2, 7, 65, 300, 512):                                       # 300: torch.topk; 512: sorted in two parts
+    for n in (1, 2, 7, 65, 300):                                            # 300: beyond what is sorted whole
         scores = torch.stack((SCORES[kind](n), torch.zeros(6, n)))          # (2, 6, n): zeros, since inf - inf is no number
         before = scores.clone()
         for K in {1, (n + 1) // 2, min(n, 70)}:
@@ -361,10 +361,10 @@ def test_topk_sums_of_any_strides(view):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])  # numpy's sort, torch.topk
-@pytest.mark.parametrize("n", [1, 2, 3, 7, 16, 33, 70, 512])
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 16, 33, 70, 256])
 def test_topk_sums_is_brute_force(n, dtype):
     torch.manual_seed(n)
-    for K in range(1, n + 1) if n < 100 else (1, 40, 300, n):
+    for K in range(1, n + 1) if n < 100 else (1, 40, n):
         for scores in (torch.randn(2, 4, 3, n, dtype=dtype), torch.randint(-3, 4, (2, 5, n)).to(dtype)):  # the second has ties
             best, slots = topk_sums(scores, K)
             assert torch.equal(best, every_sum(scores).topk(K).values), f"K = {K}"
