@@ -71,6 +71,7 @@ def test_every_window_once_an_epoch(data):
 def test_targets_are_one_further_on_and_batches_need_no_history(data):
     x, y = loader(data).batch(7, range(16))
     assert torch.equal(x[:, 1:], y[:, :-1]) and x.shape == y.shape == (16, 9)
+    assert x.is_contiguous() and y.is_contiguous()                          # else a copy to a GPU goes by way of another, and is waited for
     assert all(torch.equal(a, b) for a, b in zip((x, y), loader(data).batch(7, range(16))))
     assert not torch.equal(x, loader(data, seed=4).batch(7, range(16))[0])
 
