@@ -325,7 +325,7 @@ if triton is not None:
         query = tl.program_id(0).to(tl.int64)
         i, m, k = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)             # (BLOCK_N,), (BLOCK_M,), (BLOCK_K,)
         b, bi = tl.zeros((BLOCK_K,), tl.float32), tl.zeros((BLOCK_K,), tl.int32)                  # (BLOCK_K,) both
-        a, ai = b, bi
+        a, ai = b, bi                                                       # (BLOCK_K,) both
         for side in range(2):  # a loop, so that there is but one copy of this code: sorting takes thousands of instructions
             half = tl.load(scores + (side * rows + query) * n + i, mask=i < n, other=0.0)         # (BLOCK_N,)
             a, ai = b, bi                                                   # (BLOCK_K,) both

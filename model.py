@@ -27,10 +27,11 @@ class Trouble(ValueError):
 
 def pick_device(name):
     """auto | cpu | cuda | cuda:1 | mps -> the device, auto: the fastest there is. Raises Trouble when this machine has none of that name."""
-    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    if not there.get(name.split(":")[0], name == "auto"):
-        raise Trouble(f"--device {name} is not to be had on this machine: use --device cpu")
-    return next(d for d in there if there[d]) if name == "auto" else name
+    cuda = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))] if torch.cuda.is_available() else []
+    there = [*cuda, *["mps"] * torch.backends.mps.is_available(), "cpu"]
+    if name not in ["auto", *there]:
+        raise Trouble(f"--device {name} is not to be had on this machine: use --device {there[0]}")
+    return there[0] if name == "auto" else name
 
 
 @dataclass

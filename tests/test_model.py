@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from memory import MemoryTable, TableAdamW
-from model import GPT, GPTConfig, rotary, rotate, sample_token
+from model import GPT, GPTConfig, Trouble, pick_device, rotary, rotate, sample_token
 
 MEMORY = dict(ffn="memory", mem_layers=(1,), mem_n_keys=6, mem_heads=2, mem_topk=3, mem_gate=False, qk_norm=False)
 PLUS = MEMORY | dict(mem_layers=(0, 2), mem_gate=True, qk_norm=True)
@@ -479,3 +479,12 @@ def test_load_refuses_a_folder_without_checkpoint(tmp_path):
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(ValueError, match="ckpt.pt does not exist: give the folder of a run"):
             GPT.load(folder)
+
+
+def test_pick_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [pick_device(name) for name in ("auto", "cuda", "cuda:1", "cpu")] == ["cuda", "cuda", "cuda:1", "cpu"]
+    for name in ("cuda:2", "cuda:x", "tpu"):
+        with pytest.raises(Trouble, match=f"--device {name} is not to be had on this machine: use --device cuda$"):
+            pick_device(name)
