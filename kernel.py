@@ -14,13 +14,7 @@ what runs and why.
 
 N tokens · H heads · K slots read per head · R = H*K reads per token · n half-keys per side · S = n*n slots · D value dim
 """
-import argparse
-import functools
-import math
-import os
-import statistics
-import time
-import warnings
+import argparse, ctypes, functools, math, os, statistics, sys, time, warnings
 
 import numpy as np
 import torch
@@ -63,6 +57,15 @@ def describe_backend(device):
     why = "chosen by backend()" if _backend == "torch" else TRITON_MISSING or (
         "TRITON_INTERPRET is set" if torch.device(device).type == "cuda" else f"Triton needs a CUDA GPU, this is {device}")
     return f"memory: torch ({why})"
+
+
+def keep_freed_memory():
+    """Linux on a CPU: glibc hands large freed blocks back to the kernel, and every step pays a page fault for each 4 KiB to get them again, which
+    can take longer than the work. Tell it to keep them: no blocks apart from the heap, nothing trimmed, one heap for all threads."""
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *a: None)  # only glibc has it
+        for parameter, value in ((-4, 0), (-1, -1), (-8, 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
+            mallopt(parameter, value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -276,12 +279,16 @@ def topk_sums_reference(scores, K):
 
 
 def topk_sums_cpu(scores, K):
-    """The method by two sorts. A complex number is two float32: index + 1j * score. Read as one float64 it sorts by its high half, the score,
+    """The method by sorts. A complex number is two float32: index + 1j * score. Read as one float64 it sorts by its high half, the score,
     and takes the index along; numpy sorts float64 in vectors, where torch.topk branches at each number. The sum of two is what is wanted
     of a pair: i*n + j, and the sum of the scores. scores (2, ..., n) float32, n*n <= 2^24 -> (..., K) float32, (..., K) int32."""
     n = scores.shape[-1]
     index = torch.arange(n, dtype=torch.float32) * torch.tensor([[[n]], [[1]]])                  # (2, 1, n): i*n, j
     words = torch.complex(index, scores.reshape(2, -1, n))                  # (2, rows, n)
+    if n > 256:  # the best K of each 256, then of those
+        words = words.view(2, -1, n // 256, 256)                            # (2, rows, n / 256, 256)
+        words.numpy().view(np.float64).sort()
+        words = words[..., -K:].flatten(2)                                  # (2, rows, K n / 256)
     words.numpy().view(np.float64).sort()
     a, b = words[..., -K:]                                                  # (rows, K) both, largest last: rank i is column ~i
     # the pairs of candidates(K), block by block: ..., (i, i+1), (i, i) and ..., (i+2, i), (i+1, i)
@@ -362,7 +369,7 @@ if triton is not None:
 def topk_sums_op(scores: torch.Tensor, K: int) -> tuple[torch.Tensor, torch.Tensor]:
     n = scores.shape[-1]
     if uses_triton(scores.device) and scores.dtype != torch.float64:
-        rows, pairs = scores[0].numel() // n, candidates(K, scores.device)
+        rows, pairs = scores.numel() // (2 * n), candidates(K, scores.device)
         best = scores.new_empty(*scores.shape[1:-1], K, dtype=torch.float32)                             # (..., K)
         slots = torch.empty_like(best, dtype=torch.int32)                                                # (..., K)
         if rows:
@@ -370,8 +377,8 @@ def topk_sums_op(scores: torch.Tensor, K: int) -> tuple[torch.Tensor, torch.Tens
                                       *(max(triton.next_power_of_2(x), 2) for x in (n, K, pairs.shape[1])),  # 2: Triton 3.6 sorts no single one
                                       num_warps=min(max(n // (1024 if scores.dtype == torch.bfloat16 else 512), 1), 8))
         return best, slots
-    if scores.device.type == "cpu" and scores.dtype == torch.float32 and n <= 256:
-        return topk_sums_cpu(scores, K)  # to sort all of more costs more than torch's selection
+    if scores.device.type == "cpu" and scores.dtype == torch.float32 and (n <= 256 or n in (512, 768, 1024)):
+        return topk_sums_cpu(scores, K)  # for more half-keys torch's selection is as fast
     return topk_sums_reference(scores, K)
 
 
@@ -573,6 +580,7 @@ def main():
     p.add_argument("--plot", action="store_true", help="draw bandwidth over the value dim and the slots to assets/kernel.png")
     args, gpu = p.parse_args(), torch.cuda.is_available()
     device, dtypes = "cuda" if gpu else "cpu", (torch.float32, torch.bfloat16)
+    keep_freed_memory()  # as train.py does
     for dtype in dtypes:
         check(device, dtype)
     print(f"{describe_backend(device)}\ngather and topk_sums agree with their definitions ({', '.join(str(d)[6:] for d in dtypes)})")

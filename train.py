@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 import prepare_data
-from kernel import describe_backend
+from kernel import describe_backend, keep_freed_memory
 from model import GPT, GPTConfig, Trouble, pick_device
 
 
@@ -87,7 +87,7 @@ def read_settings(argv):
     if preset not in PRESETS:
         p.error(f"preset {preset!r} is unknown: choose one of {', '.join(PRESETS)}")
     s = Settings(**dict(ffn="memory") | PRESETS[preset] | given)
-    s.out_dir = s.out_dir or f"out/{preset}-{s.ffn}-{s.seed}"
+    s.out_dir = s.out_dir or f"out/{preset}-{s.ffn}-{s.seed}" + "-profile" * s.profile
     if resume:
         saved = read_json(Path(s.out_dir) / "config.json", "nothing to resume: give the folder of a run with --out-dir")["settings"]
         saved["mem_layers"] = tuple(saved["mem_layers"])
@@ -371,16 +371,6 @@ def compare(folders):
 
 
 # ---- the run
-
-def keep_freed_memory():
-    """Linux on a CPU: glibc hands large freed blocks back to the kernel, and every step pays thousands of page faults to
-    get them again. Tell it to keep them: blocks up to 32 MiB on the heap, 1 GiB untrimmed, one arena for all threads."""
-    if sys.platform == "linux":
-        import ctypes
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *a: None)  # only glibc has it
-        for parameter, value in ((-3, 2**25), (-1, 2**30), (-8, 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_ARENA_MAX
-            mallopt(parameter, value)
-
 
 def choose_device(s, world):
     """The device of this rank, as a string; starts the process group where there are several ranks."""

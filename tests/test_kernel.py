@@ -7,6 +7,7 @@ N tokens · R reads per token · S slots · D value dim · K slots selected · n
 """
 import math
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -310,6 +311,21 @@ def test_backend_switch(monkeypatch):
     assert "cannot be imported" in kernel.describe_backend("cpu")
 
 
+@pytest.mark.skipif(sys.platform != "linux" or "glibc" not in platform.libc_ver(), reason="glibc's alone")
+def test_freed_memory_is_kept():
+    """After some steps a block of 64 MiB has the pages of an earlier one, and meets no page faults (16,384 of 4 KiB)."""
+    code = """if True:
+        import resource, torch, kernel
+        kernel.keep_freed_memory()
+        for i in range(22):
+            torch.ones(2**24)
+            if i in (11, 21):
+                print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert after - before < 1000
+
+
 # ---------------------------------------------------------------------------------------------------------------------------------
 # selection
 
@@ -332,7 +348,7 @@ def every_sum(scores):
 @pytest.mark.parametrize("kind", SCORES)
 def test_topk_sums_of_special_numbers(kind):
     torch.manual_seed(0)
-    for n in (1, 2, 7, 65, 300):                                            # 300: beyond what is sorted whole
+    for n in (1, 2, 7, 65, 300, 512):                                       # 300: torch.topk's, 512: sorted in parts
         scores = torch.stack((SCORES[kind](n), torch.zeros(6, n)))          # (2, 6, n): zeros, since inf - inf is no number
         before = scores.clone()
         for K in {1, (n + 1) // 2, min(n, 70)}:
@@ -361,7 +377,7 @@ def test_topk_sums_of_any_strides(view):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])  # numpy's sort, torch.topk
-@pytest.mark.parametrize("n", [1, 2, 3, 7, 16, 33, 70, 256])
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 16, 33, 70, 256, 512])
 def test_topk_sums_is_brute_force(n, dtype):
     torch.manual_seed(n)
     for K in range(1, n + 1) if n < 100 else (1, 40, n):
@@ -479,7 +495,10 @@ if kernel.triton is not None:
                                         dict(CHUNK=128, BLOCK_D=256, FIRST=True), 1, 12 if number == "fp32" else 8, 64)
         BUILDS[f"topk {number}"] = ("topk_sums_kernel", f"*{number} *i64 *fp32 *i32 i32 i32 i32 i32",
                                     dict(BLOCK_N=256, BLOCK_K=32, BLOCK_M=128), 1, 2, 128)
-    BUILDS["topk backward"] = ("topk_sums_backward_kernel", "*fp32 *i32 *fp32 i32 i32 i32", dict(BLOCK_N=1024, BLOCK_K=32, BLOCK_J=32), 1, 8, 64)
+        BUILDS[f"topk backward {number}"] = ("topk_sums_backward_kernel", f"*fp32 *i32 *{number} i32 i32 i32",
+                                             dict(BLOCK_N=1024, BLOCK_K=32, BLOCK_J=32), 1, 8 if number == "fp32" else 4, 64)
+    BUILDS["backward bf16, edges"] = ("gather_backward_kernel", "*fp32 *bf16 *fp32 *i32 *i32 *i32 *fp32 *fp32 *fp32 *i32 i32 i32",
+                                      dict(CHUNK=16, BLOCK_D=256, FIRST=False), 1, 8, 64)
     BUILDS["adamw"] = ("adamw_kernel", "*i16 *i16 *i16 *fp32 *fp32 i32 i32 i32 i32 fp32 fp32 fp32 fp32 fp32 i32",
                        dict(BLOCK_S=1, BLOCK_W=1024), 4, 10, 128)
 
@@ -522,6 +541,45 @@ def test_selection_of_any_size_builds(n, K, monkeypatch):
         names = [p.name for p in getattr(kernel, name).params]
         constants = {k: x for k, x in zip(names, launches[name]) if not torch.is_tensor(x) and (k.startswith("BLOCK") or x == 1)}
         assert "st.global" in build(name, signature, constants, 90, 1)[0]
+
+
+def test_launches(monkeypatch):
+    """Without a GPU, on tensors that only say they are on one: all is made there, and each kernel is given what was built above."""
+    if kernel.triton is None:
+        pytest.skip(kernel.TRITON_MISSING)
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    short, launches = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64"}, set()
+
+    class Kernel:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return self
+
+        def __call__(self, *arguments, num_warps=4):
+            tensors = [x for x in arguments if torch.is_tensor(x)]
+            assert all(x.device.type == "cuda" and x.is_contiguous() for x in tensors), self.name
+            launches.add((self.name, *(short[x.dtype] for x in tensors)))
+
+    def gpu(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="cuda")
+    for name in {build[0] for build in BUILDS.values()}:
+        monkeypatch.setattr(kernel, name, Kernel(name))
+    monkeypatch.setattr(kernel, "uses_triton", lambda device: device.type == "cuda")
+    monkeypatch.setattr(kernel, "candidates", lambda K, device: gpu(2, 20, dtype=torch.int64))
+    with FakeTensorMode(), torch.no_grad():
+        for dtype in (torch.float32, torch.bfloat16):
+            values, indices, weights = gpu(900, 48, dtype=dtype), gpu(40, 8, dtype=torch.int32), gpu(40, 8)
+            for grad_sum in (None, gpu(900, 48)):
+                y = kernel.gather_op._init_fn(values, indices, weights, grad_sum)
+                _, grad_weights = kernel.gather_backward_op._init_fn(y, values, indices, weights, grad_sum)
+                assert (y.shape, y.dtype, grad_weights.shape, grad_weights.dtype) == ((40, 48), dtype, (40, 8), torch.float32)
+            best, slots = kernel.topk_sums_op._init_fn(gpu(2, 40, 4, 30, dtype=dtype), 8)
+            assert (best.shape, best.dtype, slots.shape, slots.dtype) == ((40, 4, 8), torch.float32, (40, 4, 8), torch.int32)
+            assert kernel.topk_sums_backward_op._init_fn(best, slots, 30, dtype).shape == (2, 40, 4, 30)
+        kernel.adamw_(*(gpu(900, 48, dtype=t) for t in (torch.bfloat16, torch.float32, torch.bfloat16, torch.bfloat16)), 1, 1e-3, 0.9, 0.99)
+    assert launches == {(name, *(kind for kind in signature.split() if kind[0] == "*")) for name, signature, *_ in BUILDS.values()}
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def test_there_are_commands_and_flags_that_exist():
     assert len({c for c in code() if "train.py" in c}) >= 8
     known = {train.flag(f) for f in train.Settings.__dataclass_fields__} | {"--resume", "--compare", "--help", "--no-compile"}
     known |= {"--" + name.replace("_", "-") for name in sample.NUMBERS} | {"--recall", "--ablate-memory", "--prompt", "--plot", "--standalone", "--nproc_per_node"}
-    known |= {"--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--small", "--full", "--from-file", "--tokenizer", "--vocab-size"}
+    known |= {"--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--small", "--full", "--from-file", "--out", "--tokenizer", "--vocab-size"}
     assert not set(re.findall(r"(?<![\w-])--[a-z][\w-]+", README)) - known
 
 
@@ -138,6 +138,9 @@ def test_what_it_claims_of_slots_and_reads():
     text = " ".join(README.split())
     assert f"with 65,536 slots {more / dense:.1f} times" in text and f"FLOPs, {more / wide:.1f} times" in text
     assert f"with 262,144 slots {most / dense:.1f} and {most / wide:.1f} times" in text
+    once = [[next(x["recall"] for x in table if x["from"] == 1) for table in of(kind, "recall_by_exposures")] for kind in ("facts-n512", "facts-dense")]
+    assert f"once 262,144 slots recall {statistics.mean(once[0]):.3f} ± {statistics.stdev(once[0]):.3f}, the dense model {statistics.mean(once[1]):.3f}." in text
+    assert f"84 times with 262,144, of which a step reads {100 * statistics.mean(of('facts-n512', 'memory_usage')):.0f}%; " in text
     gain = (statistics.mean(of("facts-k8", "recall")) - dense) / (default - dense)
     assert f"`--mem-topk 8` recalls {mean('facts-k8', 'recall', 3)}: {gain:.0%} of the gain" in text
 

@@ -165,6 +165,7 @@ def test_the_profile_is_of_the_step_not_of_the_profiler(data, tmp_path):
                           capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "topk_sums" in done.stdout and "aten::mm" in done.stdout and not (tmp_path / "run" / "ckpt.pt").exists()
+    assert train.read_settings(["--profile"])[0].out_dir == "out/facts-memory-1337-profile"  # not that of a run: it would be refused there
     if sys.platform == "linux":
         faults = int(done.stdout.split("FAULTS")[1].split()[0])
         assert faults < 20 * 200
