@@ -288,7 +288,7 @@ def topk_sums_cpu(scores, K):
     if n > 256:  # the best K of each 256, then of those
         words = words.view(2, -1, n // 256, 256)                            # (2, rows, n / 256, 256)
         words.numpy().view(np.float64).sort()
-        words = words[..., -K:].flatten(2)                                  # (2, rows, K n / 256)
+        words = words[..., -K:].flatten(2)                                  # (2, rows, min(K, 256) n / 256)
     words.numpy().view(np.float64).sort()
     a, b = words[..., -K:]                                                  # (rows, K) both, largest last: rank i is column ~i
     # the pairs of candidates(K), block by block: ..., (i, i+1), (i, i) and ..., (i+2, i), (i+1, i)

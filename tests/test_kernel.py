@@ -377,7 +377,7 @@ def test_topk_sums_of_any_strides(view):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])  # numpy's sort, torch.topk
-@pytest.mark.parametrize("n", [1, 2, 3, 7, 16, 33, 70, 256, 512])
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 16, 33, 70, 256, 512, 768])
 def test_topk_sums_is_brute_force(n, dtype):
     torch.manual_seed(n)
     for K in range(1, n + 1) if n < 100 else (1, 40, n):
