@@ -98,11 +98,12 @@ def gather(values, indices, weights, grad_sum=None):
 def group_by_slot(indices, S):
     """Turn "which slots does a token read" into "which tokens read a slot", the order in which gradients are made.
 
-    indices (N, R), each in [0, S) -> slots (N*R,) int16 or int32, sorted; order (N*R,) int64, the positions n*R + r they came from, equal
+    indices (N, R), each in [0, S) -> slots (N*R,) int16 or int32, sorted; order (N*R,) int32, the positions n*R + r they came from, equal
     slots in order of position. Example, N = 2, R = 2: indices [[3, 1], [1, 0]] -> slots [0, 1, 1, 3], order [3, 1, 2, 0]: slot 0 is read at
     position 3, which is token 3 // R = 1; slot 1 at positions 1 and 2, so its gradient is weights[1] * grad_y[0] + weights[2] * grad_y[1].
     """
-    return torch.sort(indices.reshape(-1).to(torch.int16 if S <= 2**15 else torch.int32), stable=True)  # a radix sort: half the bits, half the work
+    slots, order = torch.sort(indices.reshape(-1).to(torch.int16 if S <= 2**15 else torch.int32), stable=True)  # a radix sort: half the bits, half the work
+    return slots, order.int()
 
 
 def bag(values, indices, weights, starts=None):
@@ -116,11 +117,9 @@ def gather_backward_torch(grad_y, values, indices, weights):
     weight is <grad_y[t], values[indices[t, r]]>: entries of the matrix product grad_y values^T at N*R of its N*S places."""
     (N, R), S = indices.shape, len(values)
     grad_y, values = grad_y.to(weights.dtype), values.to(weights.dtype)     # (N, D), (S, D)
-    _, order = group_by_slot(indices, S)                                    # (N*R,)
-    starts = F.pad(torch.bincount(indices.view(-1), minlength=S).cumsum(0, dtype=torch.int32), (1, 0))   # (S+1,)
-    # (N*R,): order // R, but faster
-    tokens = torch.arange(N, dtype=torch.int32, device=values.device)[:, None].expand(N, R).reshape(-1).index_select(0, order)
-    grad_values = bag(grad_y, tokens, weights.view(-1).index_select(0, order), starts)                   # (S, D)
+    slots, order = group_by_slot(indices, S)                                # (N*R,) both
+    starts = torch._convert_indices_from_coo_to_csr(slots, S, out_int32=True)  # (S+1,): where each slot's lookups begin
+    grad_values = bag(grad_y, order // R, weights.view(-1).index_select(0, order), starts)               # (S, D)
     if values.device.type != "cpu" or R > S:  # sampled_addmm wants no more places than the matrix has
         return grad_values, torch.einsum("nd,nrd->nr", grad_y, values[indices])  # (S, D), (N, R)
     places = torch.sparse_csr_tensor(torch.arange(0, N * R + 1, R, dtype=torch.int32), indices.int().view(-1), weights.view(-1), (N, S),
@@ -201,7 +200,7 @@ def gather_backward_triton(grad_y, values, indices, weights, grad_sum, chunk=128
     """Adds the values' gradient to grad_sum (S, D) float32; returns that of the weights (N, R). chunk >= 4, so that each round is shorter."""
     (N, R), D = indices.shape, values.shape[1]
     slots, order = group_by_slot(indices, len(values))                      # (L,), (L,), L = N * R
-    slots, tokens, order = slots.int(), (order // R).int(), order.int()     # (L,) each
+    slots, tokens = slots.int(), order // R                                 # (L,) both
     block_d, first = min(tile(D)[1], 256), True
     grad_w = weights.new_empty(triton.cdiv(D, block_d), N, R)               # (D blocks, N, R)
     while True:  # lookups, then the edges of their chunks, then the edges of those, ...
@@ -292,13 +291,16 @@ def topk_sums_cpu(scores, K):
     words.numpy().view(np.float64).sort()
     a, b = words[..., -K:]                                                  # (rows, K) both, largest last: rank i is column ~i
     # the pairs of candidates(K), block by block: ..., (i, i+1), (i, i) and ..., (i+2, i), (i+1, i)
-    words = torch.cat([pairs for i in range(math.isqrt(K)) for pairs in (a[:, ~i, None] + b[:, K - K // (i + 1):K - i],
-                                                                         a[:, K - K // (i + 1):~i] + b[:, ~i, None])], dim=1)  # (rows, M)
+    words, end = a.new_empty(len(a), candidates(K).shape[1]), 0             # (rows, M)
+    for i in range(math.isqrt(K)):
+        for x, y in (a[:, ~i, None], b[:, K - K // (i + 1):K - i]), (a[:, K - K // (i + 1):~i], b[:, ~i, None]):
+            begin, end = end, end + x.shape[1] * y.shape[1]
+            torch.add(x, y, out=words[:, begin:end])
     words.numpy().view(np.float64).sort()
     top = words[:, -K:].flip(-1).view(*scores.shape[1:-1], K)               # (..., K), largest first
-    if top.real.sum().isnan():  # torch multiplies what it adds by 1 + 0j: 0 times an infinite score spoils the index
-        return topk_sums_reference(scores, K)                               # (..., K) both
-    return top.imag.contiguous(), top.real.int()                            # (..., K) both
+    best, slots = top.imag.contiguous(), top.real.int()                     # (..., K) both
+    # torch multiplies what it adds by 1 + 0j: 0 times an infinite score spoils the index
+    return (best, slots) if best.sum().isfinite() else topk_sums_reference(scores, K)
 
 
 if triton is not None:
