@@ -295,7 +295,7 @@ def topk_sums_cpu(scores, K):
     for i in range(math.isqrt(K)):
         for x, y in (a[:, ~i, None], b[:, K - K // (i + 1):K - i]), (a[:, K - K // (i + 1):~i], b[:, ~i, None]):
             begin, end = end, end + x.shape[1] * y.shape[1]
-            torch.add(x, y, out=words[:, begin:end])
+            torch.add(x, y, out=words[:, begin:end])                        # (rows, end - begin)
     words.numpy().view(np.float64).sort()
     top = words[:, -K:].flip(-1).view(*scores.shape[1:-1], K)               # (..., K), largest first
     best, slots = top.imag.contiguous(), top.real.int()                     # (..., K) both
@@ -587,9 +587,8 @@ def main():
         check(device, dtype)
     print(f"{describe_backend(device)}\ngather and topk_sums agree with their definitions ({', '.join(str(d)[6:] for d in dtypes)})")
     name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
-    big = [torch.randn(2**28 if gpu else 2**25, device=device) for _ in range(2)]               # 1 GiB, or 128 MiB: larger than any cache
-    copy_rate = 2 * big[0].nbytes / milliseconds(lambda a, b: a.copy_(b), [big])[1] / 1e6
-    del big
+    numbers = 2**28 if gpu else 2**25                                       # 1 GiB, or 128 MiB: larger than any cache
+    copy_rate = 8 * numbers / milliseconds(lambda a, b: a.copy_(b), [torch.randn(2, numbers, device=device)])[1] / 1e6
     print(f"{name}, torch {torch.__version__}: a copy moves {copy_rate:.0f} GB/s\n\n{'':52s}{'ms':>9s} [quartiles]{'GB/s':>15s} {'copy':>6s}{'peak MiB':>9s}")
     N, R, dims, sizes = (16384, 128, (256, 768, 1024), (2**16, 2**20, 2**22)) if gpu else (1024, 128, (64, 128, 512), (2**14, 2**16, 2**18))
     curves = {}
