@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import time_steps
 import train
 from model import GPT, GPTConfig
 
@@ -402,3 +403,24 @@ def test_nan_later_on_leaves_what_was_saved(data, tmp_path, capfd, monkeypatch):
     one_line(capfd, call(*TINY, "--data", data, "--out-dir", out), "nan", "step 30", "--value-lr")
     assert torch.load(out / "ckpt.pt", weights_only=True)["step"] == 20
     assert all(v.isfinite().all() for v in weights(out).values())
+
+
+# ---- tests/time_steps.py
+
+def test_time_steps(data, tmp_path, capsys):
+    """What it times are the steps of a run."""
+    settings = [*TINY, "--data", str(data), "--max-steps", "6", "--micro-batch-size", "8"]
+    assert train.main([*settings, "--out-dir", str(tmp_path / "run")]) == 0
+    model, step = time_steps.trainer(settings)
+    for _ in range(6):
+        step()
+    trained = weights(tmp_path / "run")
+    assert all(torch.equal(p, trained[name]) for name, p in model.named_parameters()) and len(trained) > 10
+
+    capsys.readouterr()
+    time_steps.main([*TINY, "--data", str(data)], seconds=0, warm_up=1)
+    title, dense, *others = capsys.readouterr().out.splitlines()
+    assert "of 12 rounds" in title and dense.startswith("dense ") and dense.endswith(" 1.00 [1.00, 1.00]")
+    for line, kind in zip(others, ("Memory ", "Memory+ "), strict=True):
+        low, high = map(float, line[line.rindex("[") + 1:-1].split(","))
+        assert line.startswith(kind) and 0.2 < low <= float(line.split("]")[1].split()[0]) <= high < 50
