@@ -553,7 +553,7 @@ def measure(S, D, N, R, device, dtype, copy_rate, hot=False):
     values = torch.randn(S, D, device=device, dtype=dtype)                                      # (S, D)
     grad, inputs = torch.randn(N, D, device=device, dtype=dtype), []                            # (N, D)
     for _ in range(4):
-        indices = torch.randint(S, (N, R), device=device)                                       # (N, R)
+        indices = torch.randint(S, (N, R), device=device, dtype=torch.int32)                    # (N, R), as topk_sums gives them
         inputs.append((torch.where(torch.rand(N, R, device=device) < 0.1, 0, indices) if hot else indices,
                        torch.rand(N, R, device=device, requires_grad=True)))                    # (N, R) both
     ways = {"ours": gather, "F.embedding_bag": lambda v, i, w: F.embedding_bag(i, v, mode="sum", per_sample_weights=w.to(v.dtype)),
@@ -562,9 +562,9 @@ def measure(S, D, N, R, device, dtype, copy_rate, hot=False):
         torch._dynamo.reset()  # for these sizes alone
         ways["indexing + einsum, compiled"] = torch.compile(gather_reference, dynamic=False)
     number, lookups = values.element_size(), N * R
-    forward = (lookups + N) * D * number + lookups * 12              # rows, the result, an index and a weight for each
+    forward = (lookups + N) * D * number + lookups * 8               # rows, the result, an index and a weight for each
     # the rows that are read at least once, their gradient, grad_y, what sorting leaves, grad_w
-    backward = len(inputs[0][0].unique()) * D * (number + 4) + N * D * number + lookups * (12 + 8 + 4)
+    backward = len(inputs[0][0].unique()) * D * (number + 4) + N * D * number + lookups * (8 + 8 + 4)
     with torch.no_grad():
         rates = {name: time_row(f"{name}, forward", lambda i, w: way(values, i, w), forward, copy_rate, inputs=inputs) for name, way in ways.items()}
     total, values.requires_grad = torch.randn(S, D, device=device), True                        # (S, D)
