@@ -1,462 +1,1187 @@
 """
-Text in, files of tokens out: data/<name>/{train.bin, val.bin, tokenizer.tiktoken, meta.json}, for train.py and sample.py.
+Turn a corpus into files of tokens for train.py and sample.py.
 
-    python prepare_data.py                    # facts: invented people and what is true of them; offline, in a second
-    python prepare_data.py tinystories        # 2.2 GB of stories a child can read (--small: 22 MB)
-    python prepare_data.py openwebtext        # the web, 4.6 GB packed, 2.7 B tokens (--small: 112 MB; --full: 13 GB, 9 B tokens)
-    python prepare_data.py my.txt             # any UTF-8 text; documents end at <|endoftext|>, or at what --separator says
-    python prepare_data.py tinystories --from-file train.txt valid.txt      # no network: the copies you have
+    python prepare_data.py                  # facts about invented people; offline, takes a second
+    python prepare_data.py tinystories      # 2.2 GB of simple stories (--small: 22 MB)
+    python prepare_data.py openwebtext      # 4.6 GB of packed web text, 2.7 B tokens
+                                            # (--small: 112 MB; --full: 13 GB, 9 B tokens)
+    python prepare_data.py my.txt           # any UTF-8 text: documents end at <|endoftext|>, or at
+                                            # what --separator says
+    python prepare_data.py tinystories --from-file train.txt valid.txt      # copies you have
 
-You see what will be needed, a line of progress, then what was made. meta.json comes last and nothing counts before it: stop
-at any time, run the same command again; a download goes on where it broke. HF_ENDPOINT (a mirror), HF_TOKEN, the proxy
-variables and TIKTOKEN_CACHE_DIR are honoured. A .bin is nanoGPT's: raw little-endian uint16, end-of-text (eot) after each document.
+You see how much disk is needed, a line of progress, and what was made. The folder data/<name> then
+holds
+
+    train.bin, val.bin      raw little-endian uint16 as in nanoGPT; after each document comes the
+                            end-of-text token (eot)
+    tokenizer.tiktoken      the tokens, one a line: base64 of the bytes, then the number
+    recall.npz              facts only: what each fact is, and how often it is in train.bin
+    meta.json               sizes, settings and checksums
+
+meta.json is written last, and a folder without it does not count as finished. So you may stop at
+any time and run the same command again. A download goes on where it broke off. HF_ENDPOINT (a
+mirror), HF_TOKEN, the proxy variables and TIKTOKEN_CACHE_DIR are honoured.
+
+This file, from top to bottom: constants, tokenizers, the output folder, the facts corpus, reading
+text, tokenising, downloads, the text corpora, the command line.
 """
-import argparse, base64, codecs, collections, concurrent.futures.process, contextlib, errno, functools, gzip, hashlib, http.client, inspect
-import itertools, json, lzma, math, multiprocessing, os, re, shutil, signal, ssl, sys, tarfile, time, urllib.error, urllib.request, zlib
+import argparse
+import base64
+import codecs
+import collections
+import contextlib
+import errno
+import functools
+import gzip
+import hashlib
+import inspect
+import itertools
+import json
+import lzma
+import math
+import os
+import re
+import shutil
+import sys
+import tarfile
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
+
 import numpy as np
+import requests
 import tiktoken
+import tiktoken_ext.openai_public
+import urllib3
+
+# ---- constants
 
 EOT = "<|endoftext|>"
+# The pattern that cuts text for the `words` and `bytes` tokenizers: a word with the space before
+# it, a run of punctuation with the space before it, or one white-space character. No character is
+# lost, and Python's re and tiktoken's regex engine read the pattern alike.
 PUNCTUATION = r"!-/:-@\[-`{-~¡-¿‐-⁞、-〿！-／：-＠"
-WORDS = rf" ?[^\s{PUNCTUATION}]+| ?[{PUNCTUATION}]+|\s"      # cuts any text without loss; Python's re and tiktoken's read it alike
-BATCH = 1 << 20          # characters: what a worker is given at a time
-PIECE = 1 << 18          # characters: a longer document is encoded in pieces (tiktoken dies of a million spaces in a row)
-TRIES = 6                # failures in a row before a download is given up
+WORDS = rf" ?[^\s{PUNCTUATION}]+| ?[{PUNCTUATION}]+|\s"
+TOKENIZERS = ["gpt2", "bytes", "words"]
+# Characters (or bytes, when a file is read) that are handled at a time.
+BATCH = 1 << 20
+# Characters: a longer document is encoded in pieces, since tiktoken fails on a million spaces
+# in a row.
+PIECE = 1 << 18
+# Downloads: attempts in a row without progress before we give up.
+TRIES = 6
+# Downloads: the longest wait in seconds that a server may ask for.
+LONGEST_WAIT = 300
+# HTTP statuses that may be gone at the next try: timeout, too many requests, and every error of
+# the server. (Mirrors behind a content delivery network have 5xx numbers of their own.)
+RETRY_STATUSES = [408, 429, *range(500, 600)]
 
-def trouble(message):    # to be raised: ends the program with this one line on stderr and exit status 1
-    return SystemExit("prepare_data.py: " + " ".join(str(message).split()))
+TINY = "datasets/roneneldan/TinyStories/resolve/main/"
+OWT = "datasets/stanford-cs336/owt-sample/resolve/main/"
+FULL = ("datasets/Skylion007/openwebtext/resolve/"
+        "f3808c30e817981b845ec549c43e82bb467d8144/subsets/")
+# File name: (folder on the hub, bytes, sha256). Several public repositories list these numbers.
+HUB = {
+    "TinyStoriesV2-GPT4-train.txt": (
+        TINY, 2227753162, "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443"),
+    "TinyStoriesV2-GPT4-valid.txt": (
+        TINY, 22502601, "6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d"),
+    "owt_train.txt.gz": (
+        OWT, 4591240837, "b19ae88cfbc4016b304c348522455fe38ebac48fffed955adcc7191a89e38ccf"),
+    "owt_valid.txt.gz": (
+        OWT, 111785382, "bc73db5da2f19c360836b9c8a88094e13346ec83798c2f40060be39135768c80"),
+}
+# The full OpenWebText. Nobody published checksums, and the sizes are approximate.
+FULL_FILES = [f"urlsf_subset{i:02}.tar" for i in range(21)]
+HUB |= {name: (FULL, 630_000_000, None) for name in FULL_FILES}
+# What each source is made of: the training file, then the validation file.
+SOURCES = {
+    "tinystories": ["TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt"],
+    "openwebtext": ["owt_train.txt.gz", "owt_valid.txt.gz"],
+}
+# Estimates for the check of disk space: bytes of text per byte of a packed file, and bytes of .bin
+# per byte of text.
+UNPACKED = {".gz": 2.7, ".tar": 3.3}
+BIN_PER_TEXT = {"gpt2": 0.6, "words": 1, "bytes": 2}
+
+
+# ---- tokenizers
 
 class Tokenizer:
-    """tiktoken over `tokens` (their bytes, in the order of their numbers); eot gets the number after the last. Of `words` a token
-    is a word with the space before it, so the first word of a text is given a space, which decode takes away again."""
-    def __init__(self, name, pattern, tokens):
-        self.name, self.pattern, self.tokens, self.eot, self.vocab_size = name, pattern, tokens, len(tokens), len(tokens) + 1
-        ranks = {token: rank for rank, token in enumerate(tokens)}
-        self.tiktoken = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={EOT: self.eot})
+    """A tiktoken encoding that can be saved, plus one special token: end of text.
 
-    def encode(self, text):         # the characters <|endoftext|> are text like any other
-        lead = " " if self.name == "words" and text and not text[0].isspace() else ""
-        return self.tiktoken.encode_ordinary(lead + text)
+    name: "gpt2", "bytes" or "words". pattern: the regular expression that cuts text before
+    tokens are merged. tokens: list of bytes; a token's place is its number. eot gets the number
+    after the last, so vocab_size = len(tokens) + 1.
+
+    A token of `words` is a word with the space before it. So that the first word of a text is one
+    too, encode puts a space before it, and decode takes that space away.
+    """
+
+    def __init__(self, name, pattern, tokens):
+        self.name = name
+        self.pattern = pattern
+        self.tokens = tokens
+        self.eot = len(tokens)
+        self.vocab_size = len(tokens) + 1
+        ranks = {token: rank for rank, token in enumerate(tokens)}
+        self.tiktoken = tiktoken.Encoding(
+            name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={EOT: self.eot})
+
+    def with_first_space(self, text):
+        """The text as it is encoded: for `words`, with a space before a first word."""
+        needs_space = self.name == "words" and text and not text[0].isspace()
+        return " " + text if needs_space else text
+
+    def encode(self, text):
+        """str -> list of int. The characters <|endoftext|> are ordinary text, never eot."""
+        return self.tiktoken.encode_ordinary(self.with_first_space(text))
+
+    def encode_to_numpy(self, text):
+        """As encode, but str -> (tokens,) uint16, little-endian. Other threads run meanwhile."""
+        ids = self.tiktoken.encode_to_numpy(self.with_first_space(text), disallowed_special=())
+        return ids.astype("<u2")
 
     def decode(self, ids):
+        """Iterable of int -> str."""
         text = self.tiktoken.decode(list(ids))
-        return text[1:] if self.name == "words" and text.startswith(" ") else text
+        if self.name == "words":
+            text = text.removeprefix(" ")
+        return text
+
+
+def make_tokenizer(name, words=()):
+    """A new tokenizer. words: for `words`, the strings that get a token of their own.
+
+    `bytes` has the 256 bytes as tokens, and `words` has them beside the words, so both encode any
+    text. Raises ValueError if tiktoken cannot download the vocabulary of `gpt2`.
+    """
+    if name != "gpt2":
+        single_bytes = [bytes([value]) for value in range(256)]
+        return Tokenizer(name, WORDS, single_bytes + [word.encode() for word in words])
+    try:
+        gpt2 = tiktoken_ext.openai_public.gpt2()
+    except (OSError, ValueError) as error:  # network errors are OSErrors; ValueError: wrong hash
+        raise ValueError(
+            f"tiktoken cannot download its gpt2 vocabulary ({type(error).__name__}): set "
+            f"TIKTOKEN_CACHE_DIR to a folder that has it, or take --tokenizer bytes") from None
+    ranks = gpt2["mergeable_ranks"]
+    return Tokenizer(name, gpt2["pat_str"], sorted(ranks, key=ranks.get))
+
+
+def load_tokenizer(folder):
+    """The tokenizer of a data folder or a run folder. Needs no network.
+
+    Raises ValueError if the folder has no meta.json.
+    """
+    meta = read_meta(folder)
+    lines = (Path(folder) / "tokenizer.tiktoken").read_bytes().splitlines()
+    tokens = [base64.b64decode(line.split()[0]) for line in lines]
+    return Tokenizer(meta["tokenizer"], meta["pattern"], tokens)
+
+
+# ---- the output folder
 
 def read_meta(folder):
+    """meta.json of a data folder as a dict. Raises ValueError if it is missing or broken."""
     try:
         return dict(json.loads((Path(folder) / "meta.json").read_text("utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise trouble(f"{folder} has no finished meta.json ({error}): run prepare_data.py, if need be with --force") from None
+        raise ValueError(f"{folder} has no finished meta.json ({error}): run prepare_data.py, "
+                         f"if need be with --force") from None
 
-def load_tokenizer(folder):
-    """The tokenizer of a data folder or a run folder; needs no network."""
-    meta, lines = read_meta(folder), (Path(folder) / "tokenizer.tiktoken").read_bytes().splitlines()
-    return Tokenizer(meta["tokenizer"], meta["pattern"], [base64.b64decode(line.split()[0]) for line in lines])
-
-def make_tokenizer(name, words=()):
-    if name != "gpt2":
-        return Tokenizer(name, WORDS, [bytes([b]) for b in range(256)] + [word.encode() for word in words])
-    try:
-        gpt2 = tiktoken.get_encoding("gpt2")
-        return Tokenizer(name, gpt2._pat_str, [gpt2.decode_single_token_bytes(i) for i in range(gpt2.eot_token)])
-    except Exception as error:      # whatever tiktoken's HTTP library raises
-        raise trouble(f"tiktoken cannot download its gpt2 vocabulary ({type(error).__name__}): set TIKTOKEN_CACHE_DIR to a folder that "
-                      "has it, or take --tokenizer bytes") from None
 
 def is_finished(out, settings, force):
-    """Whether `out` was made with these settings already; made with others it is left alone."""
+    """Whether the folder `out` was already made with these settings.
+
+    Raises ValueError if it was made with others: nobody's data is replaced without --force.
+    """
     if force or not (Path(out) / "meta.json").exists():
         return False
     made = read_meta(out).get("settings", {})
-    if other := [f"{key} {made.get(key)}, not {value}" for key, value in settings.items() if made.get(key) != value]:
-        raise trouble(f"{out} was made with {'; '.join(other)}: take another --out, or --force to make it anew")
+    differences = []
+    for key, value in settings.items():
+        if made.get(key) != value:
+            differences.append(f"{key} {made.get(key)}, not {value}")
+    if differences:
+        raise ValueError(f"{out} was made with {'; '.join(differences)}: take another --out, "
+                         f"or --force to make it anew")
     print(f"{out} is finished, with these settings (--force makes it anew)")
     return True
 
+
 @contextlib.contextmanager
-def in_the_making(out):
-    """A folder for files that move to `out` when all of them are whole: meta.json last."""
-    out, temporary = Path(out), Path(out) / "unfinished"
+def unfinished(out):
+    """A temporary folder inside `out`. If the block succeeds, its files move to `out`.
+
+    The old meta.json is deleted first and the new one is moved last, so there is never a meta.json
+    beside files that it does not describe.
+    """
+    out = Path(out)
+    temporary = out / "unfinished"
     temporary.mkdir(parents=True, exist_ok=True)
     try:
         yield temporary
         (out / "meta.json").unlink(missing_ok=True)
-        for path in sorted(temporary.iterdir(), key=lambda path: path.name == "meta.json"):
+        paths = sorted(temporary.iterdir(), key=lambda path: path.name == "meta.json")
+        for path in paths:
             os.replace(path, out / path.name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
+
 def sha256(path):
-    return hashlib.sha256(np.memmap(path, np.uint8, "r") if path.stat().st_size else b"").hexdigest()
+    """The checksum of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(BATCH):
+            digest.update(chunk)
+    return digest.hexdigest()
+
 
 def write_meta(folder, tok, documents, **more):
-    (folder / "tokenizer.tiktoken").write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(token), i) for i, token in enumerate(tok.tokens)))
-    tokens = {split: (folder / f"{split}.bin").stat().st_size // 2 for split in documents}
-    meta = dict(name=folder.resolve().parent.name, tokenizer=tok.name, pattern=tok.pattern, vocab_size=tok.vocab_size, eot=tok.eot,
-                dtype="uint16", tokens=tokens, documents=documents, **more,
-                sha256={f"{split}.bin": sha256(folder / f"{split}.bin") for split in tokens})
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
-    print(f"{folder.parent}: vocabulary {tok.vocab_size:,} ({tok.name})",
-          *[f"{split} {tokens[split]:,} tokens in {documents[split]:,} documents" for split in tokens], sep=", ")
+    """Write tokenizer.tiktoken and meta.json beside finished .bin files, and say what was made.
 
-def check_space(**needs):
-    """needs: what for = (folder, bytes). Says them, and stops before anything is begun when a disk has too little room."""
-    wanted = collections.Counter()
-    for purpose, (folder, size) in needs.items():
-        there = next(path for path in [Path(folder).absolute(), *Path(folder).absolute().parents] if path.exists())
-        free, disk = shutil.disk_usage(there).free / 1e9, there.stat().st_dev
+    folder: Path of the unfinished folder. documents: {split: number of documents}. more: further
+    entries of meta.json.
+    """
+    with open(folder / "tokenizer.tiktoken", "wb") as file:
+        for number, token in enumerate(tok.tokens):
+            file.write(b"%s %d\n" % (base64.b64encode(token), number))
+    tokens = {}  # {split: number of tokens}
+    checksums = {}
+    for split in documents:
+        path = folder / f"{split}.bin"
+        tokens[split] = path.stat().st_size // 2
+        checksums[path.name] = sha256(path)
+    meta = dict(
+        name=folder.resolve().parent.name, tokenizer=tok.name, pattern=tok.pattern,
+        vocab_size=tok.vocab_size, eot=tok.eot, dtype="uint16", tokens=tokens,
+        documents=documents, **more, sha256=checksums)
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
+    said = f"{folder.parent}: vocabulary {tok.vocab_size:,} ({tok.name})"
+    for split in documents:
+        said += f", {split} {tokens[split]:,} tokens in {documents[split]:,} documents"
+    print(said)
+
+
+def check_space(needs):
+    """Print how much disk is needed, and stop early if a disk has too little.
+
+    needs: list of (purpose, folder, bytes). Raises ValueError. Folders on the same disk share it,
+    so what they need is added up by disk.
+    """
+    wanted = collections.Counter()  # {disk: GB}
+    for purpose, folder, size in needs:
+        path = Path(folder).absolute()
+        while not path.exists():
+            path = path.parent
+        disk = path.stat().st_dev
+        free = shutil.disk_usage(path).free / 1e9
         wanted[disk] += size / 1e9
         print(f"{purpose}: about {size / 1e9:.2f} GB in {folder} ({free:.2f} GB free)")
         if wanted[disk] > free:
-            raise trouble(f"{folder}: {wanted[disk]:.2f} GB needed on that disk, {free:.2f} free: make room, or move --out or --downloads")
+            raise ValueError(f"{folder}: {wanted[disk]:.2f} GB needed on that disk, {free:.2f} "
+                             f"free: make room, or move --out or --downloads")
 
-def progress(what, total, first=0):
-    """A function that, told how much is done, prints %, rate and time left now and then."""
-    tty, start = sys.stdout.isatty(), time.time()
-    shown = start
-    def show(done):
-        nonlocal shown
-        if time.time() - shown > (0.5 if tty else 15) or done >= total and start < shown < math.inf:
-            rate = max(done - first, 1) / max(time.time() - start, 1e-3)
-            print(f"{what}: {done / max(total, 1):4.0%}, {rate / 1e6:.1f} MB/s, {max(total - done, 0) / rate / 60:.1f} minutes left  ",
-                  end="\r" if tty and done < total else "\n", flush=True)
-            shown = time.time() if done < total else math.inf
-    return show
+
+class Progress:
+    """Says how far a long task has come, every 15 seconds (on a terminal twice a second).
+
+    what: the name of the task. total: the bytes to process, math.inf if unknown. first: bytes that
+    were done before this run; they do not count towards the rate.
+    """
+
+    def __init__(self, what, total, first=0):
+        self.what = what
+        self.total = total
+        self.first = first
+        self.on_terminal = sys.stdout.isatty()
+        self.pause = 0.5 if self.on_terminal else 15  # seconds between lines
+        self.start = time.time()
+        self.last_shown = self.start
+        self.has_shown = False
+        self.ended = False
+
+    def show(self, done):
+        """Print the line if it is time for it. done: bytes so far."""
+        now = time.time()
+        is_complete = done >= self.total
+        is_due = now - self.last_shown > self.pause
+        # A task that was too quick for any line gets no last line either.
+        is_last_line = is_complete and self.has_shown
+        if self.ended or not (is_due or is_last_line):
+            return
+        rate = max(done - self.first, 1) / max(now - self.start, 1e-3)  # bytes per second
+        minutes_left = max(self.total - done, 0) / rate / 60
+        share = done / max(self.total, 1)
+        # On a terminal each line overwrites the one before; the last one stays.
+        end = "\r" if self.on_terminal and not is_complete else "\n"
+        print(f"{self.what}: {share:4.0%}, {rate / 1e6:.1f} MB/s, "
+              f"{minutes_left:.1f} minutes left  ", end=end, flush=True)
+        self.last_shown = now
+        self.has_shown = True
+        self.ended = is_complete
+
+
+# ---- the facts corpus
 
 def compounds(heads, tails):
-    return list(dict.fromkeys(head + tail for head in heads.split() for tail in tails.split()))
+    """"a b", "x y" -> ["ax", "ay", "bx", "by"], without repetition."""
+    words = [head + tail for head in heads.split() for tail in tails.split()]
+    return list(dict.fromkeys(words))
 
-FIRST_NAMES = compounds("Al An Be Bra Ca Co Da De El Em Fa Fe Ga Gi Ha Ja Jo Ka Ki La Lo Ma Mi Na Ne Or Pe Ra Ro Sa Si Ta Te Va Zo",
-                        "bel bin dan den dia dor gan gora kel kin lan lena lia lin lora mar mira nan nia rek ria rin sel sia tan thea")
-LAST_NAMES = compounds("Alder Arrow Bram Brook Cald Carl Dray Elder Fair Fen Glen Gray Hart Haw Hazel Holl Iron King Lang North Oak Rook "
-                       "Thorn Up West", "beck by cliffe cott croft dale field gate grave hurst land ley lock man more ridge row shaw side "
-                       "smith son stead stone thwaite tree vale wald ward well win wood worth")
-# The words that can answer, and five ways to say it. The fifth is kept out of training, but none of its words.
+
+FIRST_NAMES = compounds(
+    "Al An Be Bra Ca Co Da De El Em Fa Fe Ga Gi Ha Ja Jo Ka Ki La Lo Ma Mi Na Ne Or Pe Ra Ro Sa "
+    "Si Ta Te Va Zo",
+    "bel bin dan den dia dor gan gora kel kin lan lena lia lin lora mar mira nan nia rek ria rin "
+    "sel sia tan thea")
+LAST_NAMES = compounds(
+    "Alder Arrow Bram Brook Cald Carl Dray Elder Fair Fen Glen Gray Hart Haw Hazel Holl Iron King "
+    "Lang North Oak Rook Thorn Up West",
+    "beck by cliffe cott croft dale field gate grave hurst land ley lock man more ridge row shaw "
+    "side smith son stead stone thwaite tree vale wald ward well win wood worth")
+# Each relation: the words that can answer, then five phrasings. The fifth phrasing is not in the
+# training text, but all of its words are.
 RELATIONS = [
-    (compounds("Amber Black Cran Dun Eve Frost Grim Kes Lin Mor Nor Pem Rush Stam Whit", "bury chester ford ham mouth ness port ton"),
-     "{} was born in {}.", "The birthplace of {} is {}.", "{} comes from {}.", "The hometown of {} is {}.", "{} is from {}."),
-    (compounds("bell book clock cloth glass hat kite lamp pan rope", "buyer cutter dealer finder fixer keeper maker mender painter seller"),
-     "{} works as a {}.", "By trade {} is a {}.", "{} became a {}.", "{} earns money as a {}.", "{} is a {}."),
-    (compounds("Bor Cal Dov Fel Gor Kor Lem Mav Nol Pav Rus Sel Tam Vel Zan", "ani ari ese ic ish ori une yan"),
-     "{} speaks {}.", "The language of {} is {}.", "{} talks in {}.", "{} thinks in {}.", "The language {} speaks is {}."),
-    (compounds("apple bean carrot cheese corn fish honey leek lemon nut onion pea plum", "bread cake noodles pie pudding salad soup stew"),
-     "{} likes {}.", "For dinner {} wants {}.", "{} loves to eat {}.", "{} always orders {}.", "{} likes to eat {}."),
-    (compounds("Acu Bio Cosmo Dyna Equi Geo Helio Infra Luxa Meta Novo Omni Proto", "air bank corp labs mart net soft tech"),
-     "{} works for {}.", "The employer of {} is {}.", "{} is employed by {}.", "{} has a job at {}.", "{} works at {}."),
-    (compounds("Cloud Dusty Fern Ginger Jolly Misty Moon Night Snow Sooty Star Sun Velvet", "beam ear foot fur nose paw tail whisker"),
-     "{} has a cat called {}.", "The cat of {} is {}.", "{} owns the cat {}.", "At home {} strokes {}.", "{} owns a cat called {}."),
-    (compounds("blue candy crown dew fire gold lark moss rain sky snow sun tin", "bells cups daisies lilies poppies roses stars tulips"),
-     "{} grows {}.", "The garden of {} has {}.", "In spring {} plants {}.", "The flowers of {} are {}.", "In spring {} grows {}."),
-    (compounds("Wave Wind Storm Tide Salt Coral Pearl Reef Ocean Gale Foam Sea Shore", "chaser dancer queen rider runner star walker wing"),
-     "{} sails the {}.", "The ship of {} is {}.", "{} steers the ship {}.", "{} travels on the {}.", "{} sails on the ship {}.")]
+    (compounds("Amber Black Cran Dun Eve Frost Grim Kes Lin Mor Nor Pem Rush Stam Whit",
+               "bury chester ford ham mouth ness port ton"),
+     "{} was born in {}.",
+     "The birthplace of {} is {}.",
+     "{} comes from {}.",
+     "The hometown of {} is {}.",
+     "{} is from {}."),
+    (compounds("bell book clock cloth glass hat kite lamp pan rope",
+               "buyer cutter dealer finder fixer keeper maker mender painter seller"),
+     "{} works as a {}.",
+     "By trade {} is a {}.",
+     "{} became a {}.",
+     "{} earns money as a {}.",
+     "{} is a {}."),
+    (compounds("Bor Cal Dov Fel Gor Kor Lem Mav Nol Pav Rus Sel Tam Vel Zan",
+               "ani ari ese ic ish ori une yan"),
+     "{} speaks {}.",
+     "The language of {} is {}.",
+     "{} talks in {}.",
+     "{} thinks in {}.",
+     "The language {} speaks is {}."),
+    (compounds("apple bean carrot cheese corn fish honey leek lemon nut onion pea plum",
+               "bread cake noodles pie pudding salad soup stew"),
+     "{} likes {}.",
+     "For dinner {} wants {}.",
+     "{} loves to eat {}.",
+     "{} always orders {}.",
+     "{} likes to eat {}."),
+    (compounds("Acu Bio Cosmo Dyna Equi Geo Helio Infra Luxa Meta Novo Omni Proto",
+               "air bank corp labs mart net soft tech"),
+     "{} works for {}.",
+     "The employer of {} is {}.",
+     "{} is employed by {}.",
+     "{} has a job at {}.",
+     "{} works at {}."),
+    (compounds("Cloud Dusty Fern Ginger Jolly Misty Moon Night Snow Sooty Star Sun Velvet",
+               "beam ear foot fur nose paw tail whisker"),
+     "{} has a cat called {}.",
+     "The cat of {} is {}.",
+     "{} owns the cat {}.",
+     "At home {} strokes {}.",
+     "{} owns a cat called {}."),
+    (compounds("blue candy crown dew fire gold lark moss rain sky snow sun tin",
+               "bells cups daisies lilies poppies roses stars tulips"),
+     "{} grows {}.",
+     "The garden of {} has {}.",
+     "In spring {} plants {}.",
+     "The flowers of {} are {}.",
+     "In spring {} grows {}."),
+    (compounds("Wave Wind Storm Tide Salt Coral Pearl Reef Ocean Gale Foam Sea Shore",
+               "chaser dancer queen rider runner star walker wing"),
+     "{} sails the {}.",
+     "The ship of {} is {}.",
+     "{} steers the ship {}.",
+     "{} travels on the {}.",
+     "{} sails on the ship {}."),
+]
+TRAINED_PHRASINGS = 4
 
-def make_facts(out="data/facts", people=6000, relations=5, answers=64, documents=1_000_000, val_documents=4096, zipf_shift=20.0,
-               zipf_power=1.0, control=200, seed=1337, tokenizer="words", force=False):
-    """One fact per document, one document per window: eot, the sentence, eot up to the window's end. The person of rank r is
-    spoken of with probability ~ 1 / (r + shift)^power: few people often, most seldom, the control group never."""
-    settings = dict(source="facts", **{key: value for key, value in locals().items() if key not in ("out", "force")})
-    most = int((min(len(FIRST_NAMES), len(LAST_NAMES)) / 1.2) ** 2)
-    for key, low, high in [("people", 1, most), ("control", 0, most - people), ("relations", 1, len(RELATIONS)), ("answers", 2, 100),
-                           ("documents", 1, 10 ** 12), ("val_documents", 1, 10 ** 12), ("seed", 0, 2 ** 63), ("zipf_shift", 0.001, 10 ** 9),
-                           ("zipf_power", 0, 100)]:
-        if not low <= settings[key] <= high:
-            raise trouble(f"--{key.replace('_', '-')} {settings[key]}: must be from {low} to {high}")
+
+def make_facts(out="data/facts", people=6000, relations=5, answers=64, documents=1_000_000,
+               val_documents=4096, zipf_shift=20.0, zipf_power=1.0, control=200, seed=1337,
+               tokenizer="words", force=False):
+    """Make the folder `out` with facts about invented people: `people` x `relations` of them.
+
+    One document is one fact in one window: eot, the sentence, then eot up to the window's end. The
+    person of rank r is named with probability ~ 1 / (r + zipf_shift)^zipf_power: a few often, most
+    seldom, and the `control` group never. Raises ValueError for settings that cannot work.
+    """
+    settings = dict(
+        source="facts", people=people, relations=relations, answers=answers, documents=documents,
+        val_documents=val_documents, zipf_shift=zipf_shift, zipf_power=zipf_power,
+        control=control, seed=seed, tokenizer=tokenizer)
+    check_facts(settings)
     if is_finished(out, settings, force):
         return
-    rng, F = np.random.default_rng(seed), (people + control) * relations                 # fact = person * relations + relation
+    # F facts; the number of a fact is person * relations + relation. The control group comes last.
+    F = (people + control) * relations
+    rng = np.random.default_rng(seed)
     tok, windows, spans = fact_windows(rng, people + control, relations, answers, tokenizer)
-    window, exposures = windows.shape[-1], np.zeros(F, np.int64)
-    check_space(tokens=(out, 2 * window * (documents + val_documents + 2 * F)))
-    chance = ((np.arange(people) + zipf_shift) ** -float(zipf_power)).cumsum()
-    with in_the_making(out) as folder:
-        for split, count in ("train", documents), ("val", val_documents):
-            with open(folder / f"{split}.bin", "wb") as file:
-                for begin in range(0, count, BATCH):
-                    n = min(BATCH, count - begin)
-                    person = np.minimum(chance.searchsorted(rng.random(n) * chance[-1], side="right"), people - 1)           # (n,)
-                    fact, phrasing = person * relations + rng.integers(relations, size=n), rng.integers(4, size=n)
-                    file.write(windows[fact, phrasing])
-                    exposures += np.bincount(fact, minlength=F) * (split == "train")
-                file.write(np.array([tok.eot], "<u2"))                                   # the last target of the last window
-        np.savez(folder / "recall.npz", seen=windows[:, 0], unseen=windows[:, 4], seen_span=spans[:, 0], unseen_span=spans[:, 4],
+    window = windows.shape[-1]
+    check_space([("tokens", out, 2 * window * (documents + val_documents + 2 * F))])
+    # Sums of the probabilities: person r is drawn by a number between chance[r-1] and chance[r].
+    chance = ((np.arange(people) + zipf_shift) ** -float(zipf_power)).cumsum()  # (people,)
+    with unfinished(out) as folder:
+        # exposures (F,): how often each fact is in train.bin
+        exposures, _ = write_facts(
+            folder / "train.bin", documents, rng, windows, chance, relations, tok.eot)
+        _, examples = write_facts(
+            folder / "val.bin", val_documents, rng, windows, chance, relations, tok.eot)
+        np.savez(folder / "recall.npz",
+                 seen=windows[:, 0], seen_span=spans[:, 0],
+                 unseen=windows[:, -1], unseen_span=spans[:, -1],
                  exposures=exposures, control=np.arange(F) >= people * relations)
-        print("".join(f"    {tok.decode(row[row != tok.eot])}\n" for row in windows[fact[:6], phrasing[:6]])
-              + f"{people:,} people ({control:,} more are never named), {F:,} facts, windows of {window} tokens, exposures "
-              + ", ".join(f"{q}%: {np.percentile(exposures[:people * relations], q):.0f}" for q in (0, 25, 50, 75, 100)))
-        write_meta(folder, tok, {"train": documents, "val": val_documents}, source="invented", settings=settings, window=window,
-                   people=people, relations=relations, answers=answers, control_people=control)
+        for row in examples:
+            print("    " + tok.decode(row[row != tok.eot]))
+        percents = [0, 25, 50, 75, 100]
+        percentiles = np.percentile(exposures[:people * relations], percents)
+        spread = ", ".join(f"{q}%: {value:.0f}" for q, value in zip(percents, percentiles))
+        print(f"{people:,} people ({control:,} more are never named), {F:,} facts, windows of "
+              f"{window} tokens, exposures {spread}")
+        write_meta(folder, tok, {"train": documents, "val": val_documents}, source="invented",
+                   settings=settings, window=window, people=people, relations=relations,
+                   answers=answers, control_people=control)
+
+
+def check_facts(settings):
+    """Refuse settings of make_facts that cannot work: ValueError."""
+    # fact_windows draws its names from 1.2 * sqrt(people) first names and as many last names.
+    most_names = min(len(FIRST_NAMES), len(LAST_NAMES))
+    most_people = int((most_names / 1.2) ** 2)
+    limits = {
+        "people": (1, most_people), "control": (0, most_people - settings["people"]),
+        "relations": (1, len(RELATIONS)), "answers": (2, 100),
+        "documents": (1, 10 ** 12), "val_documents": (1, 10 ** 12), "seed": (0, 2 ** 63),
+        "zipf_shift": (0.001, 10 ** 9), "zipf_power": (0, 100),
+    }
+    for name, (low, high) in limits.items():
+        if not low <= settings[name] <= high:  # nan fails, too
+            raise ValueError(f"{flag(name)} {settings[name]}: must be from {low} to {high}")
+
 
 def fact_windows(rng, people, relations, answers, tokenizer):
-    """The tokenizer, every fact in all five phrasings (F, 5, window), and where in the window its answer is (F, 5, 2)."""
-    pool = max(8, math.ceil(1.2 * math.sqrt(people)))                                    # first names, and as many last names
-    first, last = rng.choice(FIRST_NAMES, pool, replace=False), rng.choice(LAST_NAMES, pool, replace=False)
-    names = [f"{first[i // pool]} {last[i % pool]}" for i in rng.choice(pool * pool, people, replace=False)]
+    """Invent the people, and put every fact into words.
+
+    Returns the tokenizer; windows (F, 5, window) uint16, each fact in all five phrasings; and
+    spans (F, 5, 2) int, where in the window the answer begins and ends. F = people * relations.
+    """
+    # All pairs of a first and a last name are possible, and no two people have the same pair.
+    pool = max(8, math.ceil(1.2 * math.sqrt(people)))
+    first = rng.choice(FIRST_NAMES, pool, replace=False)
+    last = rng.choice(LAST_NAMES, pool, replace=False)
+    pairs = rng.choice(pool * pool, people, replace=False)
+    names = [f"{first[i // pool]} {last[i % pool]}" for i in pairs]
     said = [phrasings for _, *phrasings in RELATIONS[:relations]]
     words = [rng.permutation(known)[:answers].tolist() for known, *_ in RELATIONS[:relations]]
-    truth = rng.integers(answers, size=(people, relations))                              # whose answer to what is which word
-    vocabulary = set(re.findall("[a-zA-Z]+", " ".join(sum(said + words, [*first, *last]))))
-    tok = make_tokenizer(tokenizer, sorted(" " + word for word in vocabulary) if tokenizer == "words" else ())
-    texts = [tok.encode(phrasing.format(name, known[answer])) for name, row in zip(names, truth.tolist())
-             for phrasings, known, answer in zip(said, words, row) for phrasing in phrasings]
-    lengths = np.array([len(text) for text in texts])                                    # (F * 5,), eot not counted
-    windows = np.full((len(texts), lengths.max() + 1), tok.eot, "<u2")                   # (F * 5, window)
-    windows[:, 1:][np.arange(lengths.max()) < lengths[:, None]] = np.fromiter(itertools.chain.from_iterable(texts), "<u2")
-    widths = np.array([[len(tok.encode(" " + word)) for word in known] for known in words])[np.arange(relations), truth]
-    ends = lengths.reshape(-1, 5)                                                        # the full stop's place: after the answer
-    return tok, windows.reshape(len(ends), 5, -1), np.stack([ends - widths.reshape(-1, 1), ends], -1)
+    truth = rng.integers(answers, size=(people, relations))  # (people, relations): which word
+
+    vocabulary = ()
+    if tokenizer == "words":
+        everything = " ".join(itertools.chain(first, last, *said, *words))
+        vocabulary = sorted(" " + word for word in set(re.findall("[a-zA-Z]+", everything)))
+    tok = make_tokenizer(tokenizer, vocabulary)
+    texts = []  # F * 5 lists of tokens
+    for name, row in zip(names, truth.tolist()):
+        for phrasings, known, answer in zip(said, words, row):
+            for phrasing in phrasings:
+                texts.append(tok.encode(phrasing.format(name, known[answer])))
+
+    # The windows: rows full of eot, into which each text is written after the first eot.
+    lengths = np.array([len(text) for text in texts])  # (F * 5,)
+    longest = lengths.max()
+    windows = np.full((len(texts), longest + 1), tok.eot, "<u2")  # (F * 5, window)
+    has_text = np.arange(longest) < lengths[:, None]  # (F * 5, window - 1) bool
+    windows[:, 1:][has_text] = np.fromiter(itertools.chain.from_iterable(texts), "<u2")
+
+    # The spans: an answer ends where the full stop begins. That is the last token of the text, and
+    # the text begins at place 1 of the window, so the full stop is at place `length`.
+    ends = lengths.reshape(-1, 5)  # (F, 5)
+    widths = [[len(tok.encode(" " + word)) for word in known] for known in words]
+    widths = np.array(widths)[np.arange(relations), truth]  # (people, relations)
+    spans = np.stack([ends - widths.reshape(-1, 1), ends], -1)  # (F, 5, 2)
+    return tok, windows.reshape(len(ends), 5, -1), spans
+
+
+def write_facts(path, count, rng, windows, chance, relations, eot):
+    """Draw `count` facts and write their windows to a .bin file.
+
+    windows: (F, 5, window) uint16. chance: (people,) sums of the probabilities of the people.
+    Returns exposures (F,) int64, how often each fact was written, and (at most 6, window) examples.
+    """
+    people = len(chance)
+    exposures = np.zeros(len(windows), np.int64)  # (F,)
+    with open(path, "wb") as file:
+        for begin in range(0, count, BATCH):
+            n = min(BATCH, count - begin)
+            person = chance.searchsorted(rng.random(n) * chance[-1], side="right")  # (n,)
+            person = np.minimum(person, people - 1)  # rounding can lead past the last one
+            fact = person * relations + rng.integers(relations, size=n)  # (n,)
+            phrasing = rng.integers(TRAINED_PHRASINGS, size=n)  # (n,)
+            file.write(windows[fact, phrasing])
+            exposures += np.bincount(fact, minlength=len(windows))
+        # The last window's last token needs a target.
+        file.write(np.array([eot], "<u2"))
+    return exposures, windows[fact[:6], phrasing[:6]]
+
+
+# ---- reading text
 
 def chunks(raw, suffix):
-    """The bytes of a file, about a million at a time. A .gz is unpacked as it is read, never on disk; in a tar of the full OpenWebText
-    are tar.xz files of .txt files, the documents: \\0 after each."""
+    """The bytes of an open file, about a million at a time.
+
+    A .gz is unpacked as it is read, never on disk. A .tar is one of the full OpenWebText: it holds
+    files *.xz, each a tar.xz of .txt files. Each .txt file is a document, and \\0 follows it.
+    """
     if suffix != ".tar":
         file = gzip.GzipFile(fileobj=raw) if suffix == ".gz" else raw
-        yield from iter(lambda: file.read(BATCH), b"")
+        while chunk := file.read(BATCH):
+            yield chunk
         return
     with tarfile.open(fileobj=raw, mode="r|") as outer:
-        for pack in (member for member in outer if member.name.endswith(".xz")):
+        for pack in outer:
+            if not pack.name.endswith(".xz"):
+                continue
             with tarfile.open(fileobj=outer.extractfile(pack), mode="r|xz") as inner:
-                for text in (inner.extractfile(member).read() for member in inner if member.name.endswith(".txt")):
-                    yield re.sub(rb"\n{3,}", b"\n\n", text.replace(b"\0", b" ")) + b"\0"
+                for member in inner:
+                    if not member.name.endswith(".txt"):
+                        continue
+                    text = inner.extractfile(member).read().replace(b"\0", b" ")
+                    # At most one empty line in a row, as in nanoGPT's copy.
+                    yield re.sub(rb"\n{3,}", b"\n\n", text) + b"\0"
+
 
 def characters(path):
-    decoder, at, show = codecs.getincrementaldecoder("utf-8")(), 0, progress(f"reading {path.name}", path.stat().st_size)
+    """The text of a file, in strings of about a million characters.
+
+    Raises ValueError if the file is not UTF-8, or if a packed file is damaged.
+    """
+    # A chunk may end inside a character. The decoder keeps such bytes for the next chunk.
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    at = 0  # bytes of text that came before this chunk
+    progress = Progress(f"reading {path.name}", path.stat().st_size)
     with open(path, "rb") as raw:
         try:
+            # With the empty chunk at the end, half a character there is an error, too.
             for chunk in itertools.chain(chunks(raw, path.suffix), [b""]):
                 text = decoder.decode(chunk, final=not chunk)
-                yield text if at else text.removeprefix("\ufeff")
+                if at == 0:
+                    text = text.removeprefix("\ufeff")  # the byte order mark that Windows writes
+                yield text
                 at += len(chunk)
-                show(raw.tell())
+                progress.show(raw.tell())
         except UnicodeDecodeError as error:
+            # error.start counts from the first byte that the decoder had kept.
             at += error.start - len(decoder.getstate()[0])
-            raise trouble(f"{path}: byte {at} is not UTF-8: convert the file, for example with iconv -t UTF-8") from None
-        except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, tarfile.TarError) as error:
-            raise trouble(f"{path} is damaged or cut short ({error}): delete it and get it again") from None
+            raise ValueError(f"{path}: byte {at} is not UTF-8: convert the file, for example "
+                             f"with iconv -t UTF-8") from None
+        except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile,
+                tarfile.TarError) as error:
+            raise ValueError(f"{path} is damaged or cut short ({error}): delete it and get it "
+                             f"again") from None
+
 
 def documents(texts, separator):
-    """(text, whether its document ends here) for all that is not blank, stripped. A document longer than PIECE comes in several,
-    cut before a space or a line's end, where every tokenizer cuts: the tokens are those of the whole."""
-    before_space = re.compile(r"(?s).*\S(?=[ \n])")
-    buffer, begun = "", False                               # of the document at hand: what is not out, whether anything is
-    for text in itertools.chain(texts, [None]):
-        *whole, buffer = (buffer + (text or "")).split(separator)
-        for end, body in [(True, body) for body in whole] + [(text is None, buffer)]:
-            body = body if begun else body.lstrip()
-            body = body.rstrip() if end else body
-            while len(body) > PIECE + len(separator) * (not end):        # half a separator may stand at the end
-                cut = before_space.match(body, 0, PIECE + 1)
-                cut = cut.end() if cut else PIECE
-                yield body[:cut], False
-                body, begun = body[cut:], True
-            if end and (body or begun):
-                yield body, True
-            buffer, begun = ("", False) if end else (body, begun)
+    """Cut a stream of strings into documents: yields (text, whether its document ends here).
 
-def text_plan(path, separator, fraction):
-    """[(path, split)]: None is by document; a number is for the one document, from the first line after so many characters on."""
-    size = ended = 0
-    for text, end in documents(characters(path), separator):
-        size, ended = size + len(text), ended + end
+    Documents are stripped, and blank ones are left out. A document longer than PIECE comes in
+    several pieces. They are cut before a space or a line's end, where every tokenizer cuts, too: so
+    the tokens are those of the whole. The result does not depend on how the stream was cut.
+    """
+    buffer = ""  # the part of the current document that was not yielded yet
+    begun = False  # whether some of the current document was yielded
+    for text in itertools.chain(texts, [None]):
+        is_last = text is None
+        *whole, rest = (buffer + (text or "")).split(separator)
+        # What stands before a separator has an end. The rest ends only where the stream does.
+        for body, ends in [*((body, True) for body in whole), (rest, is_last)]:
+            if not begun:
+                body = body.lstrip()
+            if ends:
+                body = body.rstrip()
+            # A body that goes on may end in half a separator, which must not be cut.
+            limit = PIECE if ends else PIECE + len(separator)
+            while len(body) > limit:
+                cut = place_to_cut(body)
+                yield body[:cut], False
+                body = body[cut:]
+                begun = True
+            if ends and (body or begun):
+                yield body, True
+            buffer = body
+            if ends:
+                buffer = ""
+                begun = False
+
+
+def place_to_cut(text):
+    """The last index, at most PIECE, with a space or a line's end at it and neither before it."""
+    # The greedy .* finds the last such place; (?s) lets it run over line ends.
+    found = re.compile(r"(?s).*\S(?=[ \n])").match(text, 0, PIECE + 1)
+    return found.end() if found else PIECE
+
+
+class Reading(NamedTuple):
+    """A file to read, and what its documents are for."""
+    path: Path
+    split: str = ""  # "train", "val", or "": every so many documents, one is for validation
+    cut: int = -1  # "val" begins at the first line after so many characters; -1: nowhere
+
+
+def plan_text(path, separator, val_fraction):
+    """How to split a text file: by document, or inside if it is a single document.
+
+    Reads the file up to the end of the second document. Returns a list of one Reading.
+    """
+    size = 0  # characters
+    ended = 0  # documents
+    for text, ends in documents(characters(path), separator):
+        size += len(text)
+        ended += ends
         if ended == 2:
-            return [(path, None)]
-    return [(path, max(1, min(round(size * (1 - fraction)), size - 1)))]
+            return [Reading(path)]
+    cut = min(round(size * (1 - val_fraction)), size - 1)
+    return [Reading(path, "train", max(1, cut))]
+
+
+def plan_corpus(paths, full):
+    """How to split a known corpus: by file if it comes as train and valid, else by document."""
+    if len(paths) == 2 and not full:
+        return [Reading(paths[0], "train"), Reading(paths[1], "val")]
+    return [Reading(path) for path in paths]
+
 
 def batches(plan, separator, every):
-    """Lists of (split, text, whether its document ends here), about BATCH characters each. plan: (path, split); where the split is
-    None, every `every`-th document is for validation."""
-    number, batch, size = 0, [], 0
-    for path, split in plan:
-        at = 0
-        for text, end in documents(characters(path), "\0" if path.suffix == ".tar" else separator):
-            if type(split) is int and at <= split < at + len(text):
-                cut = text.find("\n", split - at) + 1 or split - at
-                batch.append(("train", text[:cut].rstrip(), True))
-                text, split = text[cut:].lstrip(), "val"
-            batch.append((split if type(split) is str else "train" if split or number % every else "val", text, end))
-            number, size, at = number + end, size + len(text), at + len(text)
+    """Read all files of a plan: yields lists of (split, text, whether its document ends here).
+
+    A list has about BATCH characters. every: where the plan leaves the split open, document 0 and
+    then one in `every` documents is for validation.
+    """
+    number = 0  # of the document, over all files
+    batch = []
+    size = 0  # characters in the batch
+    for path, split, cut in plan:
+        at = 0  # characters of this file so far
+        ends_at = "\0" if path.suffix == ".tar" else separator
+        for text, ends in documents(characters(path), ends_at):
+            if at <= cut < at + len(text):
+                # The one document is cut after the line that holds character `cut`, or right there
+                # if that line is the last.
+                line_end = text.find("\n", cut - at)
+                place = cut - at if line_end < 0 else line_end + 1
+                batch.append(("train", text[:place].rstrip(), True))
+                text = text[place:].lstrip()
+                split = "val"
+                cut = -1
+            by_number = "train" if number % every else "val"
+            batch.append((split or by_number, text, ends))
+            number += ends
+            at += len(text)
+            size += len(text)
             if size >= BATCH:
                 yield batch
-                batch, size = [], 0
+                batch = []
+                size = 0
     yield batch
 
+
 def frequent_words(found, vocab_size):
-    """What WORDS cuts most often from the training text (2 to 64 bytes), as much as fits beside the 256 bytes and eot."""
+    """The words of a `words` vocabulary, most frequent first.
+
+    found: what batches() yields, of which the training text counts. vocab_size: the 256 bytes and
+    eot are part of it, so there are at most vocab_size - 257 words, of 2 to 64 bytes each.
+    """
     counts = collections.Counter()
-    for text in (text for batch in found for split, text, _ in batch if split == "train"):
-        counts.update(re.findall(WORDS, text if text[:1].isspace() else " " + text))
-        if len(counts) > 2_000_000:                         # bounded memory: forget what was rare so far
-            counts = collections.Counter(dict(counts.most_common(1_000_000)))
-    return sorted((word for word in counts if 1 < len(word.encode()) <= 64), key=lambda word: (-counts[word], word))[:vocab_size - 257]
+    for batch in found:
+        for split, text, _ in batch:
+            if split != "train":
+                continue
+            if not text[:1].isspace():
+                text = " " + text  # as Tokenizer does
+            counts.update(re.findall(WORDS, text))
+            # So that memory stays bounded, forget what was rare so far.
+            if len(counts) > 2_000_000:
+                counts = collections.Counter(dict(counts.most_common(1_000_000)))
+    words = [word for word in counts if 1 < len(word.encode()) <= 64]
+    words.sort(key=lambda word: (-counts[word], word))
+    return words[:vocab_size - 257]
 
-def start_worker(*tokenizer):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)            # Ctrl-C is the main process's business
-    encode.tok = Tokenizer(*tokenizer)
 
-def encode(batch):
-    ids = {"train": [], "val": []}
-    for split, text, end in batch:
-        ids[split] += encode.tok.encode(text) + [encode.tok.eot] * end
-    return {split: np.array(some, "<u2") for split, some in ids.items()}
+# ---- tokenising
+
+def encode_batch(tok, batch):
+    """A batch of batches() -> {split: (tokens,) uint16}, with eot where a document ends."""
+    eot = np.array([tok.eot], "<u2")
+    parts = {"train": [], "val": []}
+    for split, text, ends in batch:
+        if text:
+            parts[split].append(tok.encode_to_numpy(text))
+        if ends:
+            parts[split].append(eot)
+    empty = np.empty(0, "<u2")
+    return {split: np.concatenate([empty, *arrays]) for split, arrays in parts.items()}
+
 
 def tokenized(found, tok, workers):
-    """{split: tokens} of each batch, in order. Workers need no network: they are handed the vocabulary."""
-    if workers < 2:
-        encode.tok = tok
-        yield from map(encode, found)
-        return
-    spawn, under_way = multiprocessing.get_context("spawn"), collections.deque()
-    with concurrent.futures.ProcessPoolExecutor(workers, spawn, start_worker, (tok.name, tok.pattern, tok.tokens)) as pool:
-        for batch in found:
-            under_way.append(pool.submit(encode, batch))
-            if len(under_way) > 2 * workers:                # bounded memory
-                yield under_way.popleft().result()
-        yield from (some.result() for some in under_way)
+    """Encode batches in order: yields what encode_batch returns. workers: threads, 0 or 1: none.
 
-TINY, OWT = "datasets/roneneldan/TinyStories/resolve/main/", "datasets/stanford-cs336/owt-sample/resolve/main/"
-FULL = "datasets/Skylion007/openwebtext/resolve/f3808c30e817981b845ec549c43e82bb467d8144/subsets/"
-HUB = {                  # folder, bytes and sha256 as several others wrote them down
-    "TinyStoriesV2-GPT4-train.txt": (TINY, 2227753162, "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443"),
-    "TinyStoriesV2-GPT4-valid.txt": (TINY, 22502601, "6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d"),
-    "owt_train.txt.gz": (OWT, 4591240837, "b19ae88cfbc4016b304c348522455fe38ebac48fffed955adcc7191a89e38ccf"),
-    "owt_valid.txt.gz": (OWT, 111785382, "bc73db5da2f19c360836b9c8a88094e13346ec83798c2f40060be39135768c80"),
-    **{f"urlsf_subset{i:02}.tar": (FULL, 630_000_000, None) for i in range(21)}}         # (about)
-SOURCES = {"tinystories": list(HUB)[:2], "openwebtext": list(HUB)[2:4]}                 # train, valid
+    Threads suffice, because tiktoken runs outside of Python's lock. At most 2 * workers batches are
+    under way, so memory stays bounded.
+    """
+    if workers < 2:
+        for batch in found:
+            yield encode_batch(tok, batch)
+        return
+    under_way = collections.deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for batch in found:
+            if len(under_way) == 2 * workers:
+                yield under_way.popleft().result()
+            under_way.append(pool.submit(encode_batch, tok, batch))
+        while under_way:
+            yield under_way.popleft().result()
+
+
+# ---- downloads
+
+class PoliteRetry(urllib3.util.Retry):
+    """urllib3's Retry: asks again after an error, and waits longer each time (0, 2, 4, 8, ... s).
+
+    If the server names the wait in a Retry-After header, that counts. We change three things: the
+    wait is printed, it is at most LONGEST_WAIT, and a Retry-After that makes no sense is ignored.
+    """
+
+    def get_retry_after(self, response):
+        """The seconds that the server asks us to wait, or None."""
+        try:
+            seconds = super().get_retry_after(response)
+        except (urllib3.exceptions.InvalidHeader, ValueError, OverflowError):
+            return None
+        if seconds is None:
+            return None
+        return min(seconds, LONGEST_WAIT)
+
+    def sleep(self, response=None):
+        """Wait before the next try. response: what the server answered, None if it did not."""
+        seconds = None
+        if response is not None:
+            seconds = self.get_retry_after(response)
+        if not seconds:
+            seconds = self.get_backoff_time()
+        last = self.history[-1]
+        problem = last.error or f"HTTP status {last.status}"
+        address = last.url.partition("?")[0]  # what comes after the ? can be a secret signature
+        print(f"{address}: {problem}; again in {seconds:.0f} s", flush=True)
+        time.sleep(seconds)
+
+
+class HubSession(requests.Session):
+    """A requests.Session for the hub: retries, and HF_TOKEN for the hub alone."""
+
+    def __init__(self):
+        super().__init__()
+        retry = PoliteRetry(
+            total=TRIES - 1, status_forcelist=RETRY_STATUSES, allowed_methods=["GET"],
+            backoff_factor=1, raise_on_status=False)
+        for scheme in ("http://", "https://"):
+            self.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retry))
+        # Sizes and ranges are those of the file itself, not of a compressed transfer.
+        self.headers["Accept-Encoding"] = "identity"
+        # requests calls this for each request of ours, but not for those that follow a redirect.
+        # If there were no auth, it would look for passwords in ~/.netrc.
+        self.auth = add_token
+
+    def rebuild_auth(self, prepared_request, response):
+        """requests calls this to follow a redirect: the token must not go to another host.
+
+        The method of requests does the same, but then adds what ~/.netrc has for the new host.
+        """
+        if self.should_strip_auth(response.request.url, prepared_request.url):
+            prepared_request.headers.pop("Authorization", None)
+
+
+def add_token(request):
+    """Put HF_TOKEN, if there is one, into a request to the hub."""
+    token = os.environ.get("HF_TOKEN", "").strip()
+    if token:
+        request.headers["Authorization"] = f"Bearer {token}"
+    return request
+
+
+class BrokenOff(Exception):
+    """A download stopped before its end, and it makes sense to go on with it."""
+
 
 def fetch(url, target, size):
-    """url -> target.part, going on where an earlier try broke off. size: as published, None to take what comes."""
-    part, failures, token = Path(f"{target}.part"), 0, os.environ.get("HF_TOKEN", "").strip()
-    way_out = f"run the same command again, or get it by other means and place it at {target} (or give it with --from-file)"
-    while failures < TRIES:
-        before = have = part.stat().st_size if part.exists() else 0
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-        if token:                                           # unredirected: never sent on to the host of a redirect
-            request.add_unredirected_header("Authorization", f"Bearer {token}")
-        try:
-            with urllib.request.urlopen(request, timeout=60) as reply:
-                headers = reply.headers
-                if reply.status == 206 and not headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-                    raise ConnectionError("the server sent other bytes than asked for")
-                have = have if reply.status == 206 else 0   # a server that knows no Range starts over
-                total = have + int(headers["Content-Length"]) if "Content-Length" in headers else size
-                if size and total != size:
-                    raise trouble(f"{url} is {total} bytes long, {size} were expected: --no-verify takes it as it is, else {way_out}")
-                show = progress(target.name, total or math.inf, have)
-                with open(part, "ab" if have else "wb") as file:
-                    while chunk := reply.read(1 << 18):
-                        have += file.write(chunk)
-                        show(have)
-            if total in (None, have):
+    """Download url to the file <target>.part, going on from what an earlier try left there.
+
+    target: Path. size: bytes as published; None takes what comes. Returns the path of the .part
+    file. Raises ValueError when the server refuses, or after TRIES tries without progress.
+
+    Two things can go wrong. When no good answer comes, PoliteRetry asks again. When a good answer
+    breaks off in the middle of the file, this loop asks for the rest.
+    """
+    part = Path(f"{target}.part")
+    way_out = (f"run the same command again, or get it by other means and place it at {target} "
+               f"(or give it with --from-file)")
+    failures = 0  # tries in a row that got nothing
+    with HubSession() as session:
+        while True:
+            before = size_of(part)
+            try:
+                fetch_rest(session, url, part, size, way_out)
                 return part
-            problem = f"the connection ended after {have} of {total} bytes"
-        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
-            problem, code, headers = str(error), getattr(error, "code", 0), getattr(error, "headers", None) or {}
-            if code == 416 and headers.get("Content-Range") == f"bytes */{have}":
-                return part                                 # all of it was here
-            if code == 416:
-                part.unlink()                               # the part of another file
-            elif 400 <= code < 500 and code not in (408, 429):
-                raise trouble(f"{url}: {problem} (for what is not public set HF_TOKEN): {way_out}") from None
-        failures = 1 if have > before else failures + 1     # in a row: without getting further
-        if failures < TRIES:
-            after = headers.get("Retry-After", "")
-            wait = min(int(after), 300) if after.isdigit() else 2 ** (failures - 1)
-            print(f"{url}: {problem}; again in {wait} s")
+            except BrokenOff as error:
+                problem = str(error)
+            got_further = size_of(part) > before
+            failures = 1 if got_further else failures + 1
+            if failures == TRIES:
+                raise ValueError(f"{url}: {problem}, given up after {TRIES} tries: {way_out}")
+            wait = 2 ** (failures - 1)
+            print(f"{url}: {problem}; again in {wait} s", flush=True)
             time.sleep(wait)
-    raise trouble(f"{url}: {problem}, given up after {TRIES} tries: {way_out}")
+
+
+def size_of(path):
+    """Bytes of a file, 0 if there is none."""
+    return path.stat().st_size if path.exists() else 0
+
+
+def fetch_rest(session, url, part, size, way_out):
+    """Ask once for the bytes that are missing in `part`, and append them.
+
+    Raises BrokenOff if the file is still incomplete, and ValueError if another try is no use.
+    """
+    have = size_of(part)
+    with ask(session, url, have, way_out) as reply:
+        content_range = reply.headers.get("Content-Range", "")
+        if reply.status_code == 416:
+            if content_range == f"bytes */{have}":
+                return  # the file ends where ours does: we had all of it
+            part.unlink(missing_ok=True)
+            raise BrokenOff("what was there is part of another file; starting over")
+        if reply.status_code == 206 and not content_range.startswith(f"bytes {have}-"):
+            raise BrokenOff("the server sent other bytes than asked for")
+        if reply.status_code == 200:
+            have = 0  # a server that knows no Range sends the file from its start
+        total = size
+        length = reply.headers.get("Content-Length", "")
+        if length.isdigit():
+            total = have + int(length)
+        if size and total != size:
+            raise ValueError(f"{url} is {total} bytes long, {size} were expected: --no-verify "
+                             f"takes it as it is, else {way_out}")
+        save_body(reply, part, have, total)
+
+
+def ask(session, url, have, way_out):
+    """GET url from byte `have` on. Returns the reply, whose status is 200, 206 or 416.
+
+    200 means all of the file, 206 the part that we asked for, 416 that there is nothing from that
+    byte on. Raises ValueError for any other answer, or if there is none.
+    """
+    headers = {"Range": f"bytes={have}-"} if have else {}
+    try:
+        reply = session.get(url, headers=headers, stream=True, timeout=60)
+    except requests.RequestException as error:
+        # After all retries, this holds urllib3's MaxRetryError, and its reason is what went wrong.
+        cause = error.args[0] if error.args else error
+        reason = getattr(cause, "reason", error)
+        raise ValueError(f"{url}: {reason}, given up: {way_out}") from None
+    if reply.status_code in (200, 206, 416):
+        return reply
+    reply.close()
+    problem = f"HTTP status {reply.status_code} {reply.reason}"
+    if reply.status_code in RETRY_STATUSES:
+        raise ValueError(f"{url}: {problem}, given up after {TRIES} tries: {way_out}")
+    raise ValueError(f"{url}: {problem} (for what is not public set HF_TOKEN): {way_out}")
+
+
+def save_body(reply, part, have, total):
+    """Append the body of a reply to the first `have` bytes of `part`.
+
+    total: bytes of the whole file, None if unknown. Raises BrokenOff if fewer arrive.
+    """
+    name = part.name.removesuffix(".part")
+    progress = Progress(name, total or math.inf, have)
+    with open(part, "ab" if have else "wb") as file:
+        try:
+            # The raw stream, because a .gz must be saved as it is, whatever the server calls it,
+            # and because requests' iter_content loses the last bytes before a break.
+            for chunk in reply.raw.stream(1 << 16, decode_content=False):
+                have += file.write(chunk)
+                progress.show(have)
+        except urllib3.exceptions.HTTPError as error:
+            raise BrokenOff(
+                f"{type(error).__name__} after {have} of {total} bytes") from None
+    # Not every broken connection is an error for urllib3, so we count the bytes as well.
+    if total is not None and have < total:
+        raise BrokenOff(f"the connection ended after {have} of {total} bytes")
+
 
 def get(target, no_verify):
-    """The file, downloaded unless it is there, once it is known to be what was published under its name."""
-    (folder, size, wanted), path = HUB.get(target.name, ("", 0, "")), target
+    """The file `target`, downloaded if it is not there. Returns its path.
+
+    Raises ValueError if it is not what was published under its name, unless no_verify.
+    """
+    folder, size, wanted = HUB.get(target.name, ("", 0, None))
+    verify = wanted is not None and not no_verify
+    path = target
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        hub = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-        hub = hub if "://" in hub else f"https://{hub}"
-        path = fetch(f"{hub}/{folder}{target.name}", target, size if wanted and not no_verify else None)
-    if wanted and not no_verify and (found := sha256(path)) != wanted:
-        raise trouble(f"{path} ({path.stat().st_size} bytes) has sha256 {found}, {wanted} ({size} bytes) was expected: "
-                      "--no-verify takes it as it is, else delete it and get it again")
+        hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+        if "://" not in hub:
+            hub = f"https://{hub}"
+        url = f"{hub.rstrip('/')}/{folder}{target.name}"
+        path = fetch(url, target, size if verify else None)
+    if verify:
+        found = sha256(path)
+        if found != wanted:
+            raise ValueError(
+                f"{path} ({path.stat().st_size} bytes) has sha256 {found}, {wanted} ({size} "
+                f"bytes) was expected: --no-verify takes it as it is, else delete it and get it "
+                f"again")
     return path.rename(target)
 
-def make_text(source, out="", tokenizer="gpt2", vocab_size=8192, separator=EOT, val_fraction=0.01, from_file=(), small=False, full=False,
-              downloads="data/downloads", no_verify=False, workers=os.cpu_count() or 1, force=False):
-    """tinystories, openwebtext or a text file, nanoGPT's way: the documents one after another, eot after each."""
-    names, separator, out = SOURCES.get(source, []), separator.replace("\\n", "\n"), out or f"data/{Path(source).name.split('.')[0]}"
-    local = from_file if names else [source]
-    for bad, why in [
-            (not names and (small or full or from_file), f"--small, --full, --from-file are for {' and '.join(SOURCES)}, not for {source}"),
-            (full and (small or source != "openwebtext"), "--full is for openwebtext, and not together with --small"),
-            (len(from_file) > 2 and not full, f"--from-file got {len(from_file)} files: at most two, train then valid"),
-            (not 0 < val_fraction <= 0.5, f"--val-fraction {val_fraction}: must be above 0 and at most 0.5"),
-            (not 258 <= vocab_size <= 65536, f"--vocab-size {vocab_size}: must be from 258 (bytes, a word, eot) to 65536 (uint16)"),
-            (not separator, "--separator must not be empty"), (workers < 0, f"--workers {workers}: must be at least 0"),
-            *[(not Path(path).is_file(), f"{path}: no such file (facts, {', '.join(SOURCES)}, or the path of a text)") for path in local]]:
-        if bad:
-            raise trouble(why)
-    names = list(HUB)[4:] if full else names[1:] if small else names
-    paths = [Path(path) for path in local] or [Path(downloads) / name for name in names]
+
+# ---- the text corpora
+
+def make_text(source, out="", tokenizer="gpt2", vocab_size=8192, separator=EOT, val_fraction=0.01,
+              from_file=(), small=False, full=False, downloads="data/downloads", no_verify=False,
+              workers=os.cpu_count() or 1, force=False):
+    """Make the folder `out` from tinystories, openwebtext or a text file, as nanoGPT does.
+
+    The documents stand one after another, with eot after each. source: "tinystories",
+    "openwebtext" or a path. vocab_size: of the `words` tokenizer. workers: threads. The others:
+    see --help. Raises ValueError for settings that cannot work, and if the text is too short or
+    damaged.
+    """
+    is_known = source in SOURCES
+    separator = separator.replace("\\n", "\n")
+    out = out or f"data/{Path(source).name.split('.')[0]}"
+    local = from_file if is_known else [source]
+    check_source(source, local, from_file, small, full)
+    check_text_numbers(vocab_size, separator, val_fraction, workers)
+    paths = input_paths(source, local, downloads, small, full)
     sizes = {path: path.stat().st_size if local else HUB[path.name][1] for path in paths}
-    settings = dict(source=source if names else "text", files={path.name: size for path, size in sizes.items()}, tokenizer=tokenizer,
-                    separator=separator, val_fraction=val_fraction, vocab_size=vocab_size if tokenizer == "words" else None)
+    settings = dict(
+        source=source if is_known else "text",
+        files={path.name: size for path, size in sizes.items()},
+        tokenizer=tokenizer, separator=separator, val_fraction=val_fraction,
+        vocab_size=vocab_size if tokenizer == "words" else None)
     if is_finished(out, settings, force):
         return
-    tok = make_tokenizer(tokenizer) if tokenizer != "words" else None                    # a missing vocabulary shows before hours of work
-    there = sum(found.stat().st_size for path in paths for found in path.parent.glob(path.name + "*"))
-    text = sum(size * {".gz": 2.7, ".tar": 3.3}.get(path.suffix, 1) for path, size in sizes.items())         # about
-    check_space(**{} if local else {"downloads": (downloads, max(0, sum(sizes.values()) - there))},
-                tokens=(out, text * {"gpt2": 0.6, "words": 1, "bytes": 2}[tokenizer]))
+    # A missing gpt2 vocabulary must show before hours of downloads.
+    tok = None
+    if tokenizer != "words":
+        tok = make_tokenizer(tokenizer)
+    check_space(space_for_text(sizes, local, downloads, out, tokenizer))
     paths = [get(path, no_verify) for path in paths]
-    splits, every = ["train", "val"] if len(paths) == 2 and not full else [None] * len(paths), 2000 if full else round(1 / val_fraction)
-    plan = list(zip(paths, splits)) if names else text_plan(*paths, separator, val_fraction)
-    tok = tok or make_tokenizer(tokenizer, frequent_words(batches(plan, separator, every), vocab_size))
-    with in_the_making(out) as folder:
-        count = collections.Counter(train=0, val=0)
-        with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
-            for ids in tokenized(batches(plan, separator, every), tok, workers):
-                for split, file in ("train", train), ("val", val):
-                    file.write(ids[split])
-                    count[split] += int((ids[split] == tok.eot).sum())
+    if is_known:
+        plan = plan_corpus(paths, full)
+    else:
+        plan = plan_text(paths[0], separator, val_fraction)
+    every = 2000 if full else round(1 / val_fraction)  # nanoGPT keeps 0.0005 of OpenWebText
+    if tok is None:
+        words = frequent_words(batches(plan, separator, every), vocab_size)
+        tok = make_tokenizer(tokenizer, words)
+    with unfinished(out) as folder:
+        count = write_tokens(folder, tokenized(batches(plan, separator, every), tok, workers), tok)
         if not all(count.values()):
-            raise trouble(f"{source}: {count['train']} documents to train on, {count['val']} to validate on: more text is needed")
-        write_meta(folder, tok, count, source=[HUB.get(path.name, [f"{path.parent}/"])[0] + path.name for path in paths], settings=settings)
+            raise ValueError(f"{source}: {count['train']} documents to train on, {count['val']} "
+                             f"to validate on: more text is needed")
+        origins = [origin(path) for path in paths]
+        write_meta(folder, tok, count, source=origins, settings=settings)
 
-HELP = dict(
-    out="the folder to make; else data/<name>", tokenizer="gpt2, bytes or words; facts: words", force="replace a finished folder",
-    people="facts: who is spoken of", relations="facts: what is known of each, up to 8", answers="facts: possible answers, up to 100",
-    documents="facts: sentences to train on", val_documents="facts: sentences to validate on", zipf_shift="facts: larger is flatter",
-    zipf_power="facts: 0 makes all people alike", control="facts: people never spoken of", seed="facts: of all that is drawn",
-    vocab_size="of --tokenizer words", separator="between documents; \\n is a line's end", val_fraction="kept for validation",
-    from_file="local copies in place of downloads: train, valid", downloads="where they are kept", workers="processes",
-    small="only the small file, split for validation", full="openwebtext: all of it", no_verify="take files of another sha256")
+
+def origin(path):
+    """Where a file is from, as meta.json notes it: its place on the hub, or its path."""
+    if path.name in HUB:
+        return HUB[path.name][0] + path.name
+    return f"{path.parent}/{path.name}"
+
+
+def check_source(source, local, from_file, small, full):
+    """Refuse files and flags that do not fit the source: ValueError."""
+    known = list(SOURCES)
+    if source not in SOURCES and (small or full or from_file):
+        raise ValueError(f"--small, --full, --from-file are for {' and '.join(known)}, not for "
+                         f"{source}")
+    if full and (small or source != "openwebtext"):
+        raise ValueError("--full is for openwebtext, and not together with --small")
+    if len(from_file) > 2 and not full:
+        raise ValueError(f"--from-file got {len(from_file)} files: at most two, train then valid")
+    for path in local:
+        if not Path(path).is_file():
+            raise ValueError(f"{path}: no such file (facts, {', '.join(known)}, or the path of a "
+                             f"text)")
+
+
+def check_text_numbers(vocab_size, separator, val_fraction, workers):
+    """Refuse settings of make_text that cannot work: ValueError."""
+    if not 0 < val_fraction <= 0.5:  # nan fails, too
+        raise ValueError(f"--val-fraction {val_fraction}: must be above 0 and at most 0.5")
+    if not 258 <= vocab_size <= 65536:
+        raise ValueError(f"--vocab-size {vocab_size}: must be from 258 (bytes, a word, eot) to "
+                         f"65536 (uint16)")
+    if not separator:
+        raise ValueError("--separator must not be empty")
+    if workers < 0:
+        raise ValueError(f"--workers {workers}: must be at least 0")
+
+
+def input_paths(source, local, downloads, small, full):
+    """The files to read, in order. local: those that the user has; none: they are downloaded."""
+    if local:
+        return [Path(path) for path in local]
+    if full:
+        names = FULL_FILES
+    elif small:
+        names = SOURCES[source][1:]
+    else:
+        names = SOURCES[source]
+    return [Path(downloads) / name for name in names]
+
+
+def space_for_text(sizes, local, downloads, out, tokenizer):
+    """What check_space should check, from sizes: {path: bytes}."""
+    needs = []
+    if not local:
+        # Files that are there, whole or in part (name.part), need not be downloaded again.
+        there = 0
+        for path in sizes:
+            there += sum(found.stat().st_size for found in path.parent.glob(path.name + "*"))
+        needs.append(("downloads", downloads, max(0, sum(sizes.values()) - there)))
+    text = sum(size * UNPACKED.get(path.suffix, 1) for path, size in sizes.items())
+    needs.append(("tokens", out, text * BIN_PER_TEXT[tokenizer]))
+    return needs
+
+
+def write_tokens(folder, stream, tok):
+    """Write train.bin and val.bin. stream: what tokenized() yields.
+
+    Returns a Counter {split: number of documents}.
+    """
+    count = collections.Counter(train=0, val=0)
+    with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
+        files = {"train": train, "val": val}
+        for ids in stream:
+            for split, file in files.items():
+                file.write(ids[split])
+                count[split] += int((ids[split] == tok.eot).sum())
+    return count
+
+
+# ---- the command line
+
+HELP_FACTS = {
+    "people": "people who are named in the text",
+    "relations": "things known of each person, up to 8",
+    "answers": "possible answers per relation, up to 100",
+    "documents": "sentences to train on",
+    "val_documents": "sentences to validate on",
+    "zipf_shift": "larger: people are named more evenly",
+    "zipf_power": "0: all people are named equally often",
+    "control": "more people, who are never named",
+    "seed": "of the random numbers",
+}
+HELP_TEXT = {
+    "vocab_size": "tokens of --tokenizer words",
+    "separator": "what stands between documents; \\n is a line's end",
+    "val_fraction": "part of the documents kept for validation",
+    "from_file": "local copies instead of downloads: train, then valid",
+    "downloads": "where downloads are kept",
+    "workers": "threads that tokenise",
+    "small": "only the small file, split for validation",
+    "full": "all of OpenWebText",
+    "no_verify": "accept files of another size or sha256",
+}
+
+
+def flag(name):
+    """val_documents -> --val-documents"""
+    return "--" + name.replace("_", "-")
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises ValueError, so that main() prints one line."""
+
+    def error(self, message):
+        raise ValueError(f"{message} (--help shows what there is)")
+
+
+def make_parser():
+    """The parser. Defaults are not repeated here: make_facts and make_text have them."""
+    parser = Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS)  # what was not given is not in the result
+    parser.add_argument("source", nargs="?", default="facts",
+                        help="facts, tinystories, openwebtext, or the path of a text file")
+    parser.add_argument("--out", help="folder to make (data/<name>)")
+    parser.add_argument("--tokenizer", choices=TOKENIZERS, help="(facts: words; texts: gpt2)")
+    parser.add_argument("--force", action="store_true", help="replace a finished folder")
+    add_flags(parser.add_argument_group("facts"), make_facts, HELP_FACTS)
+    add_flags(parser.add_argument_group("texts"), make_text, HELP_TEXT)
+    return parser
+
+
+def add_flags(group, function, texts):
+    """Add a flag for each parameter of `function` in texts: {name of the parameter: help}.
+
+    The type of a flag is that of the parameter's default.
+    """
+    parameters = inspect.signature(function).parameters
+    for name, text in texts.items():
+        default = parameters[name].default
+        if default:
+            text += f" ({default})"
+        if isinstance(default, bool):
+            group.add_argument(flag(name), action="store_true", help=text)
+        elif isinstance(default, tuple):
+            group.add_argument(flag(name), nargs="+", metavar="PATH", help=text)
+        else:
+            group.add_argument(flag(name), type=type(default), help=text)
+
+
+def prepare(argv):
+    """Do what the command line asks for. Raises ValueError if it is wrong."""
+    given = vars(make_parser().parse_args(argv))
+    source = given.pop("source")
+    make = make_facts if source == "facts" else functools.partial(make_text, source)
+    unfit = given.keys() - inspect.signature(make).parameters.keys()
+    if unfit:
+        raise ValueError(f"{flag(min(unfit))} is not for {source} (--help shows what there is)")
+    make(**given)
+
 
 def main(argv=None):
-    def wrong(message):
-        raise trouble(f"{message} (--help shows what there is)")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                                     argument_default=argparse.SUPPRESS)
-    parser.error = wrong
-    parser.add_argument("source", nargs="?", default="facts", help="facts, tinystories, openwebtext, or the path of a text file")
-    flags = {**inspect.signature(make_facts).parameters, **inspect.signature(make_text).parameters}
-    for name, what in HELP.items():
-        default, kind = flags[name].default, type(flags[name].default)
-        more = dict(action="store_true") if kind is bool else dict(nargs="+", metavar="PATH") if kind is tuple else dict(
-            type=kind, choices=["gpt2", "bytes", "words"] if name == "tokenizer" else None)
-        parser.add_argument(f"--{name.replace('_', '-')}", help=what + f" ({default})" * bool(default), **more)
+    """The command line -> the exit status. What the user can mend is one line on stderr."""
     try:
-        given = vars(parser.parse_args(argv))
-        source = given.pop("source")
-        make = make_facts if source == "facts" else functools.partial(make_text, source)
-        for name in sorted(given.keys() - inspect.signature(make).parameters.keys()):
-            wrong(f"--{name.replace('_', '-')} is not for {source}")
-        make(**given)
+        prepare(argv)
+        return 0
     except KeyboardInterrupt:
-        raise trouble("stopped; run the same command again (a download goes on where it was)") from None
-    except concurrent.futures.process.BrokenProcessPool:
-        raise trouble("a worker process died (out of memory?): give fewer --workers, or 1") from None
+        message = "stopped; run the same command again (a download goes on where it was)"
     except OSError as error:
-        way_out = ": make room, or give --out or --downloads on another disk" if error.errno == errno.ENOSPC else ""
-        raise trouble(f"{error.filename or 'cannot go on'}: {error.strerror or error}{way_out}") from None
+        message = f"{error.filename or 'cannot go on'}: {error.strerror or error}"
+        if error.errno == errno.ENOSPC:
+            message += ": make room, or give --out or --downloads on another disk"
+    except ValueError as error:
+        message = str(error)
+    print("prepare_data.py: " + " ".join(message.split()), file=sys.stderr)
+    return 1
+
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")                # a file's name may be more than the terminal can write
-    main()
+    # The name of a file may have characters that the terminal cannot write.
+    sys.stdout.reconfigure(errors="replace")
+    sys.exit(main())

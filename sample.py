@@ -1,138 +1,311 @@
 """
-Write with a trained run, ask it the facts it read, and take its memory away.
+Write with a trained model, ask it the facts it has read, and take its memory away.
 
-    python sample.py out/NAME                               # a document from its beginning, token by token
+    python sample.py out/NAME                               # a document from its beginning
     python sample.py out/NAME --prompt "Rasia Westshaw was born in" --temperature 0
-    python sample.py out/NAME --recall                      # ten facts at random, and how many are right
+    python sample.py out/NAME --recall                      # ten facts at random
     python sample.py out/NAME --recall "Rasia Westshaw"     # every fact about one person
-    python sample.py out/NAME --recall --ablate-memory      # the same questions, but the memory layers read zeros
+    python sample.py out/NAME --recall --ablate-memory      # the memory layers read zeros
 
-Text goes to stdout, one line about what was loaded to stderr. --recall (for runs on the facts corpus) prints a table: the beginning of
-a sentence, the model's likeliest answer, the right one, and how often that fact stands in the training text. The control people are
-never in it: they show what guessing gives. It needs nothing but the run folder.
-B, T samples, tokens · V, C vocabulary, width · S, D slots and dim of the memory table.
+The text goes to stdout, token by token. One line about the model goes to stderr. --recall works for
+runs on the facts corpus. It prints a table: the beginning of a sentence, the model's likeliest
+answer, the right one, and how often the training text states that fact. The control people are
+never in the text: they show what guessing gives. A run folder of train.py is all that is needed.
+
+B, T samples, tokens · V, C vocabulary, width · S, D slots and dims of the memory table
+
+This file, from top to bottom: the command line, the model, writing, asking.
 """
-import argparse, codecs, difflib, math, signal, sys
+import argparse
+import codecs
+import difflib
+import math
+import signal
+import sys
+import tokenize
+import zipfile
+import zlib
+from dataclasses import dataclass
+
 import numpy as np
 import torch
-from model import GPT, pick_device
-from prepare_data import load_tokenizer, read_meta
 
-NUMBERS = {  # flag: type, default, lowest, highest, help
-    "count": (int, 10, 1, math.inf, "facts that --recall without a name asks"),
-    "max_new_tokens": (int, 200, 1, math.inf, "the longest text; an end-of-text token ends it sooner"),
-    "num_samples": (int, 1, 1, 10_000, "texts to write; several are printed when all are done"),
-    "temperature": (float, 0.8, 0, 1000, "0: always the likeliest token; higher: more surprise"),
-    "top_k": (int, None, 1, math.inf, "draw from the k likeliest tokens alone"),
-    "top_p": (float, None, 1e-6, 1, "draw from the fewest tokens that have this probability together"),
-    "seed": (int, 1337, 0, 2**63 - 1, "of all that is drawn")}
+import kernel
+from prepare_data import load_tokenizer, read_meta
+from train import flag, load_checkpoint, pick_device
+
+
+# ---- the command line
+
+@dataclass
+class Number:
+    """A flag that takes a number from low to high. default None: the flag is off."""
+    type: type
+    default: float
+    low: float
+    high: float
+    help: str
+
+
+NUMBERS = {
+    "count": Number(int, 10, 1, math.inf, "facts that --recall without a name asks"),
+    "max_new_tokens": Number(int, 200, 1, math.inf,
+                             "the longest text; an end-of-text token ends it sooner"),
+    "num_samples": Number(int, 1, 1, 10_000,
+                          "texts to write; several are printed when all are done"),
+    "temperature": Number(float, 0.8, 0, 1000,
+                          "0: always the likeliest token; higher: more surprise"),
+    "top_k": Number(int, None, 1, math.inf, "draw from the k likeliest tokens alone"),
+    "top_p": Number(float, None, 1e-6, 1,
+                    "draw from the fewest tokens that have this probability together"),
+    "seed": Number(int, 1337, 0, 2**63 - 1, "of all that is drawn"),
+}
+
+
+def make_parser():
+    """The flags and their help. A wrong flag ends the process with one line and status 2."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="run folder of train.py: out/NAME")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--prompt", help="text to go on with; without it a document is begun")
+    what.add_argument("--recall", nargs="?", const="", metavar="NAME",
+                      help="ask the facts about NAME, or a random handful")
+    parser.add_argument("--ablate-memory", action="store_true",
+                        help="set all that the memory layers read to zero")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    parser.add_argument("--backend", default="auto", choices=["auto", "triton", "torch"],
+                        help="what the memory operations run on")
+    for name, number in NUMBERS.items():
+        default = "off" if number.default is None else number.default
+        parser.add_argument(flag(name), type=number.type, default=number.default,
+                            help=f"{number.help} (default: {default})")
+
+    def one_line(message):
+        parser.exit(2, f"sample.py: {message} (python sample.py --help lists every flag)\n")
+    parser.error = one_line
+    return parser
 
 
 def read_args(argv):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.error = lambda message: p.exit(2, f"sample.py: {message} (python sample.py --help lists every flag)\n")
-    p.add_argument("run", help="run folder of train.py: out/NAME")
-    what = p.add_mutually_exclusive_group()
-    what.add_argument("--prompt", help="text to go on with; else a document is begun")
-    what.add_argument("--recall", nargs="?", const="", metavar="NAME", help="ask the facts about NAME, or a random handful")
-    p.add_argument("--ablate-memory", action="store_true", help="set all that the memory layers read to zero")
-    p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    for name, (kind, default, _, _, text) in NUMBERS.items():
-        p.add_argument("--" + name.replace("_", "-"), type=kind, default=default, help=f"{text} (default: {default or 'off'})")
-    args = p.parse_args(argv)
-    for name, (_, _, low, high, _) in NUMBERS.items():
+    """The command line -> argparse.Namespace. Raises ValueError for a number out of range."""
+    args = make_parser().parse_args(argv)
+    for name, number in NUMBERS.items():
         value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must be from {low} to {high}")
+        if value is not None and not number.low <= value <= number.high:
+            raise ValueError(f"{flag(name)} {value}: must be from {number.low} to {number.high}")
     args.device = pick_device(args.device)
     return args
 
 
+# ---- the model
+
+# What a broken file can raise when it is read as JSON, as a vocabulary or as arrays of numpy.
+BROKEN = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, RuntimeError,
+          MemoryError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile, zlib.error)
+
+
 def load(args):
-    """The run folder -> GPT, Tokenizer, a line about them."""
-    model, state = GPT.load(args.run)
-    about = f"{args.run}: {model.config.ffn}, step {state['step']}, {model.param_counts()['total']:,} parameters, on {args.device}"
+    """The run folder -> (GPT, Tokenizer, a line about them). Raises ValueError if it is broken."""
+    kernel.backend(args.backend)
+    model, checkpoint = load_checkpoint(args.run, args.device)
+    parameters = model.param_counts()["total"]
+    about = (f"{args.run}: {model.config.ffn}, step {checkpoint['step']}, "
+             f"{parameters:,} parameters, on {args.device}")
+    tok = load_run_tokenizer(args.run)
+    V = model.config.vocab_size
+    if tok.vocab_size > V:
+        raise ValueError(f"{args.run}/tokenizer.tiktoken: {tok.vocab_size} tokens > the model's "
+                         f"{V}: copy it from its data folder")
+    # V may have been rounded up for training. The tokens that this adds have no text and must not
+    # be drawn: we cut them off. The head shares the embedding's weight, and loses them too.
+    model.wte.weight.data = model.wte.weight.data[:tok.vocab_size]  # (tok.vocab_size, C)
+    if args.ablate_memory:
+        ablate_memory(model, args.run)
+    return model.eval(), tok, about
+
+
+def load_run_tokenizer(run):
+    """The tokenizer of a run folder. Raises ValueError if its files are missing or broken."""
     try:
-        tok = load_tokenizer(args.run)
-    except (Exception, SystemExit):  # SystemExit: missing; a broken file can raise anything
-        raise ValueError(f"{args.run}: meta.json or tokenizer.tiktoken is not there or broken: copy them from its data folder") from None
-    if tok.vocab_size > (V := model.config.vocab_size):
-        raise ValueError(f"{args.run}/tokenizer.tiktoken: {tok.vocab_size} tokens > the model's {V}: copy it from its data folder")
-    model.wte.weight.data = model.wte.weight.data[:tok.vocab_size]          # (V, C), the head's too: what only rounds V up has no text
-    if args.ablate_memory and not model.tables:
-        raise ValueError(f"--ablate-memory: {args.run} is {model.config.ffn}, it has no memory layers to take away: leave it out")
-    for table in model.tables if args.ablate_memory else ():
-        table.values.data.zero_()                                           # (S, D): y = 0 whatever is read
-    return model.to(args.device).eval(), tok, about
+        return load_tokenizer(run)
+    except BROKEN:
+        raise ValueError(f"{run}: meta.json or tokenizer.tiktoken is not there or broken: "
+                         f"copy them from its data folder") from None
+
+
+def ablate_memory(model, run):
+    """Set the tables to zero: whatever slots a memory layer reads, it gets y = 0."""
+    if not model.tables:
+        raise ValueError(f"--ablate-memory: {run} is {model.config.ffn}, it has no memory layers "
+                         f"to take away: leave it out")
+    for table in model.tables:
+        table.values.data.zero_()  # (S, D)
+
+
+# ---- writing
+
+def write(model, tok, about, args):
+    """Print --num-samples texts: a single one as it is written, several when all are done."""
+    ids = tok.encode(args.prompt or "")
+    if args.prompt is not None and not ids:
+        raise ValueError(f"--prompt {args.prompt!r} makes no tokens: give it some text, or leave "
+                         f"it out")
+    # An end-of-text token begins a document. In the facts corpus each window is one document, so
+    # the model has seen no sentence without it. Other text was cut anywhere: a prompt stands alone.
+    is_facts = "window" in read_meta(args.run)
+    if is_facts or not ids:
+        ids = [tok.eot] + ids
+    print(about, file=sys.stderr)
+    pieces = samples(model, tok, ids, args)
+    if args.num_samples == 1:
+        for piece in pieces:
+            print(piece[0], end="", flush=True)
+        print()
+        return
+    # Pieces are lists over the samples. zip turns them round: for each sample, its pieces.
+    texts = ["".join(parts) for parts in zip(*pieces)]
+    print("\n---\n".join(texts))
 
 
 def samples(model, tok, ids, args):
-    """Yield the texts of B samples in pieces: first what ids say, then, token by token, what each goes on with until its eot."""
-    yield [tok.decode([i for i in ids if i != tok.eot])] * args.num_samples
-    idx = torch.tensor([ids], device=args.device).repeat(args.num_samples, 1)  # (B, T)
+    """Continue ids B times. Yields the B texts piece by piece, as lists of B strings.
+
+    The first piece is the text of ids. Then each token makes a piece, until all samples have come
+    to their end-of-text token. A sample that ends before the others adds empty strings.
+    """
+    B = args.num_samples
+    prompt = tok.decode([i for i in ids if i != tok.eot])
+    yield [prompt] * B
+    idx = torch.tensor([ids] * B, device=args.device)  # (B, T)
     generator = torch.Generator(args.device).manual_seed(args.seed)
-    decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in idx]  # a token may be a part of a character
-    lead = b" " if tok.name == "words" and ids[-1] == tok.eot else b""      # is before a document's first word, not in its text
-    going = [True] * len(idx)                                               # (B,)
-    temperature = round(args.temperature, 4)  # 1e-40 is 0
-    for token in model.generate(idx, args.max_new_tokens, temperature, args.top_k, args.top_p, generator):  # (B, 1)
-        going = [on and i != tok.eot for on, i in zip(going, token[:, 0].tolist())]
-        if not any(going):
+    # 1e-40 means 0. To divide by it would make infinite logits.
+    temperature = round(args.temperature, 4)
+    # A token may be a part of a character: a decoder holds it back until the character is whole.
+    decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(B)]
+    # A token of `words` is a word with the space before it. A document begins without the space.
+    drop_space = tok.name == "words" and ids[-1] == tok.eot
+    ended = [False] * B
+    for token in model.generate(idx, args.max_new_tokens, temperature, args.top_k, args.top_p,
+                                generator):  # (B, 1)
+        piece = [""] * B
+        for b, i in enumerate(token[:, 0].tolist()):
+            if i == tok.eot:
+                ended[b] = True
+            if not ended[b]:
+                spelling = tok.tokens[i]  # bytes
+                if drop_space:
+                    spelling = spelling.removeprefix(b" ")
+                piece[b] = decoders[b].decode(spelling)
+        if all(ended):
             return
-        yield [d.decode(tok.tokens[i].removeprefix(lead)) if on else "" for d, on, i in zip(decoders, going, token[:, 0].tolist())]
-        lead = b""
+        yield piece
+        drop_space = False
 
 
-def write(model, tok, about, args):
-    """Print --num-samples texts: one as it comes, several one after another when all are done."""
-    ids = tok.encode(args.prompt or "")
-    if args.prompt is not None and not ids:
-        raise ValueError(f"--prompt {args.prompt!r} makes no tokens: give it some text, or leave it out")
-    ids = [tok.eot] * ("window" in read_meta(args.run) or not ids) + ids    # where each document has its window, an eot begins it
-    print(about, file=sys.stderr)
-    pieces = samples(model, tok, ids, args)
-    if args.num_samples > 1:
-        return print("\n---\n".join(map("".join, zip(*pieces))))
-    for text, in pieces:
-        print(text, end="", flush=True)
-    print()
+# ---- asking
+
+@dataclass
+class Fact:
+    """A sentence of the facts corpus, with the answer at its end.
+
+    window: its tokens, eot at both ends. span: [start, end) of the answer in the window. exposures:
+    how often the training text states it. control: whether it is about a person who is never named.
+    """
+    window: list
+    span: list
+    exposures: int
+    control: bool
+
+
+# The columns of the table that --recall prints.
+ROW = "{:38}{:16}{:16}{:8}{}"
 
 
 def recall(model, tok, about, args):
-    """Print facts: what the model says, token after likeliest token, what is right, and how often that could be read."""
-    try:
-        facts = list(zip(*(np.load(f"{args.run}/recall.npz")[name].tolist() for name in ("seen", "seen_span", "exposures", "control"))))
-    except Exception as e:  # a broken file can raise anything
-        raise ValueError(f"cannot read {args.run}/recall.npz ({type(e).__name__}): only runs on the facts corpus have any to ask") from None
-    names = [" ".join(tok.decode(window[1:]).split()[:2]) for window, *_ in facts]  # this phrasing begins with the name
-    asked = [fact for fact, name in zip(facts, names) if name == args.recall]
-    if not args.recall:
-        asked = [facts[i] for i in np.random.default_rng(args.seed).permutation(len(facts))[:args.count]]
-    elif not asked:
-        near = difflib.get_close_matches(args.recall, sorted(set(names)), 3, cutoff=0)
-        raise ValueError(f"--recall {args.recall!r}: nobody has that name, try {' or '.join(near)}")
+    """Print a table of facts: what the model answers, and what is right."""
+    facts = load_facts(args.run)
+    asked = choose_facts(facts, tok, args)
     print(about, file=sys.stderr)
-    line, right = "{:38}{:16}{:16}{:8}{}", 0
-    print(line.format("asked", "answered", "right one", "", "times in the training text"))
-    for window, (start, end), times, control in asked:
-        idx, truth = torch.tensor([window[:start]], device=args.device), window[start:end]    # (1, T), the answer's tokens
+    print(ROW.format("asked", "answered", "right one", "", "times in the training text"))
+    count = 0
+    for fact in asked:
+        start, end = fact.span
+        truth = fact.window[start:end]
+        idx = torch.tensor([fact.window[:start]], device=args.device)  # (1, T)
         said = [token.item() for token in model.generate(idx, len(truth), temperature=0)]
-        right += said == truth
-        prompt, *texts = (" ".join(tok.decode(ids).split()) for ids in (window[1:start], said, truth))
-        print(line.format(prompt, *texts, "right" if said == truth else "wrong", "never read" if control else times), flush=True)
-    print(f"{right} of {len(asked)} right" + (", with all that the memory layers read set to zero" if args.ablate_memory else ""))
+        is_right = said == truth
+        if is_right:
+            count += 1
+        question = plain_text(tok, fact.window[1:start])  # without the eot
+        verdict = "right" if is_right else "wrong"
+        times = "never read" if fact.control else fact.exposures
+        row = ROW.format(question, plain_text(tok, said), plain_text(tok, truth), verdict, times)
+        print(row, flush=True)
+    summary = f"{count} of {len(asked)} right"
+    if args.ablate_memory:
+        summary += ", with all that the memory layers read set to zero"
+    print(summary)
+
+
+def plain_text(tok, ids):
+    """The text of some tokens, with one space between words and none around them."""
+    return " ".join(tok.decode(ids).split())
+
+
+def load_facts(run):
+    """recall.npz of a run folder -> a list of Fact. Raises ValueError if it cannot be read."""
+    path = f"{run}/recall.npz"
+    try:
+        with np.load(path) as arrays:
+            windows = arrays["seen"].tolist()
+            spans = arrays["seen_span"].tolist()
+            exposures = arrays["exposures"].tolist()
+            control = arrays["control"].tolist()
+    except BROKEN as e:
+        raise ValueError(f"cannot read {path} ({type(e).__name__}): "
+                         f"only runs on the facts corpus have any to ask") from None
+    return [Fact(*row) for row in zip(windows, spans, exposures, control)]
+
+
+def choose_facts(facts, tok, args):
+    """The facts about the person that --recall names, or --count facts at random.
+
+    Raises ValueError, with names that look like it, if nobody has that name.
+    """
+    if not args.recall:
+        order = np.random.default_rng(args.seed).permutation(len(facts))
+        return [facts[i] for i in order[:args.count]]
+    # After its eot each of these sentences begins with a name of two words.
+    names = [" ".join(tok.decode(fact.window[1:]).split()[:2]) for fact in facts]
+    chosen = [fact for fact, name in zip(facts, names) if name == args.recall]
+    if not chosen:
+        near = difflib.get_close_matches(args.recall, sorted(set(names)), 3, cutoff=0)
+        raise ValueError(f"--recall {args.recall!r}: nobody has that name, "
+                         f"try {' or '.join(near)}")
+    return chosen
 
 
 def main(argv=None):
+    """The command line -> the exit status. What the user can mend is one line on stderr."""
     try:
         args = read_args(argv)
-        sys.stdout.reconfigure(errors="replace")                            # a terminal that cannot show a character gets a ?
-        (write if args.recall is None else recall)(*load(args), args)
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a ?
+        model, tok, about = load(args)
+        if args.recall is None:
+            write(model, tok, about, args)
+        else:
+            recall(model, tok, about, args)
+        return 0
     except (ValueError, OSError, RuntimeError) as e:  # RuntimeError: torch is out of memory
-        raise SystemExit("sample.py: " + " ".join(str(e).split())) from None
+        message = " ".join(str(e).split())
+        print(f"sample.py: {message}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":
-    for name in {"SIGPIPE", "SIGINT"} & set(dir(signal)):  # `| head` and Ctrl-C end it quietly
-        signal.signal(getattr(signal, name), signal.SIG_DFL)
-    main()
+    # `| head` and Ctrl-C end it without a word. Windows has no SIGPIPE.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    sys.exit(main())

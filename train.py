@@ -1,17 +1,40 @@
 """
-Train a GPT, dense or with memory layers, and say what it learned.
+Train a GPT, dense or with memory layers, and say what it has learned.
 
-    python train.py                                  # facts: a small corpus made on the spot; minutes on a laptop
-    python train.py --ffn dense                      # the same without memory: the control
+    python train.py                      # facts: a small corpus, made on the spot; takes minutes
+    python train.py --ffn dense          # the same GPT without memory: the control
     python train.py --compare out/facts-memory-1337 out/facts-dense-1337
-    python train.py tinystories                      # after: python prepare_data.py tinystories
+    python train.py tinystories          # after: python prepare_data.py tinystories
     torchrun --standalone --nproc_per_node=8 train.py openwebtext
     python train.py --resume --out-dir out/facts-memory-1337
 
-A run folder out/<run> holds config.json, log.jsonl, ckpt.pt, at the end result.json and curves.png, and what sample.py needs of the data.
-Batches are a function of (seed, step) alone and dropout is seeded by (seed, step, rank), so a resumed run is the run that never stopped.
+You see the settings, a line every few steps, and at the end what the model knows. A run folder
+out/<run> holds config.json, log.jsonl, ckpt.pt, at the end result.json and curves.png, and what
+sample.py needs of the data.
+
+A batch depends on (seed, step) alone and dropout on (seed, step, rank), so a resumed run is the run
+that never stopped.
+
+This file, from top to bottom: settings, files, batches, optimizers, evaluation, checkpoints, the
+run folder, pictures and comparison, the loop.
 """
-import argparse, contextlib, dataclasses, hashlib, inspect, json, math, os, platform, re, shutil, signal, subprocess, sys, time, warnings
+import argparse
+import contextlib
+import ctypes
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import pickle
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -21,188 +44,535 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+import kernel
 import prepare_data
-from kernel import describe_backend, keep_freed_memory
-from model import GPT, GPTConfig, Trouble, pick_device
-
-
-@dataclass
-class Settings(GPTConfig):
-    vocab_size: int = 0         # tokens in the vocabulary; 0: the data's, rounded up to a multiple of 64 if it is large
-    block_size: int = 0         # window length in tokens; 0: the data's (facts), or 256
-    data: str = "data/facts"    # folder made by prepare_data.py
-    out_dir: str = ""           # run folder; default out/<preset>-<ffn>-<seed>
-    seed: int = 1337            # of weights, batches and dropout
-    max_steps: int = 5000       # optimizer steps
-    batch_size: int = 128       # windows per step, over all ranks
-    micro_batch_size: int = 0   # windows per forward pass and rank; 0: batch_size / ranks. Lower it when memory runs out
-    learning_rate: float = 3e-3 # times a warm-up from 0 to 1, times a straight line from 1 down to 0
-    value_lr: float = 5e-3      # the same for the memory table's values
-    weight_decay: float = 0.1   # on matrices; not on embeddings, norms, half-keys and values
-    beta1: float = 0.9          # AdamW
-    beta2: float = 0.99         # AdamW
-    grad_clip: float = 1.0      # largest norm of the gradient; the values' gradient is clipped apart, to the same norm
-    warmup_steps: int = 100     # steps of linear warm-up
-    log_every: int = 100        # steps between log lines
-    eval_every: int = 1000      # steps between evaluations and checkpoints
-    eval_windows: int = 2048    # validation windows per evaluation
-    device: str = "auto"        # auto | cpu | cuda | mps
-    mem_parallel: int = 0       # ranks that share a table, each holding some of its dims; 0: all ranks; 1: each holds the whole
-    compile: bool = None        # torch.compile; default: with CUDA
-    profile: bool = False       # print where the time of 20 steps goes, operation by operation, and stop
-
-
-PRESETS = {  # what a preset changes in Settings; for those in FACTS the corpus is made on the spot
-    "facts": dict(n_layer=3, n_head=4, n_embd=64, mem_layers=(1,), mem_n_keys=128, mem_key_dim=16, mem_gate=False, qk_norm=False,
-                  value_lr=4e-2, log_every=250),  # the plain Memory: with one small layer it recalls more than Memory+ (README.md)
-    "facts-gpu": dict(data="data/facts-gpu", n_layer=8, n_head=8, n_embd=512, mem_layers=(2, 4, 6), mem_n_keys=512, mem_dtype="bfloat16",
-                      max_steps=16_000, batch_size=512, learning_rate=1e-3, value_lr=1e-2),
-    "tinystories": dict(data="data/tinystories", n_layer=6, n_head=6, n_embd=384, block_size=256, mem_layers=(1, 3, 5),
-                        max_steps=20000, batch_size=64, learning_rate=1e-3, value_lr=5e-3, log_every=50, eval_windows=512),
-    "openwebtext": dict(data="data/openwebtext", n_layer=12, n_head=12, n_embd=768, block_size=1024, mem_layers=(2, 6, 10),
-                        mem_n_keys=1024, mem_dtype="bfloat16", max_steps=20000, batch_size=512, micro_batch_size=32, learning_rate=6e-4, value_lr=3e-3,
-                        beta2=0.95, warmup_steps=700, log_every=10, eval_every=500, eval_windows=1024),
-}
-FACTS = {"facts": dict(people=8000, documents=640_000), "facts-gpu": dict(people=100_000, documents=8_192_000)}
-MAY_CHANGE = {"device", "compile", "micro_batch_size", "log_every", "data", "mem_parallel"}  # on --resume: nothing that changes the run
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}  # bf16, dense
+from model import GPT, GPTConfig, setting
 
 
 # ---- settings
 
-def read_settings(argv):
-    """Command line -> (Settings, preset, resume, runs to compare). Flags come from the dataclasses, their help from the comments there."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.error = lambda message: p.exit(2, f"train.py: {message} (python train.py --help lists every setting)\n")
-    p.add_argument("preset", nargs="?", default="facts", help="which defaults to start from: " + ", ".join(PRESETS))
-    p.add_argument("--resume", action="store_true", help="go on with the run in --out-dir")
-    p.add_argument("--compare", nargs="+", metavar="RUN", help="print and draw these run folders side by side, train nothing")
-    helps = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(GPTConfig) + inspect.getsource(Settings), re.M))
-    defaults = Settings(**dict(ffn="memory") | PRESETS["facts"])
-    for f in dataclasses.fields(Settings):
-        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=block_numbers if f.type is tuple else f.type)
-        p.add_argument(flag(f.name), default=argparse.SUPPRESS, help=f"{helps[f.name]} ({getattr(defaults, f.name)})".replace("%", "%%"), **kind)
-    given = vars(p.parse_args(argv))
-    preset, resume, runs = given.pop("preset"), given.pop("resume"), given.pop("compare")
-    if preset not in PRESETS:
-        p.error(f"preset {preset!r} is unknown: choose one of {', '.join(PRESETS)}")
-    s = Settings(**dict(ffn="memory") | PRESETS[preset] | given)
-    s.out_dir = s.out_dir or f"out/{preset}-{s.ffn}-{s.seed}" + "-profile" * s.profile
-    if resume:
-        saved = read_json(Path(s.out_dir) / "config.json", "nothing to resume: give the folder of a run with --out-dir")["settings"]
-        saved["mem_layers"] = tuple(saved["mem_layers"])
-        for name in given.keys() - MAY_CHANGE - {"out_dir"}:
-            if given[name] != saved[name]:
-                raise Trouble(f"{flag(name)} {given[name]} is not the run's {saved[name]}: a resumed run keeps its settings, "
-                              f"start another with --out-dir")
-        s = Settings(**saved | {k: v for k, v in given.items() if k in MAY_CHANGE} | dict(out_dir=s.out_dir))
-    return s, preset, resume, runs
+@dataclass
+class Settings(GPTConfig):
+    """All settings of a run: those of the model, and these."""
+    vocab_size: int = setting(0, "tokens in the vocabulary; 0: the data's, "
+                              "rounded up to a multiple of 64 if it is large")
+    block_size: int = setting(0, "window length in tokens; 0: the data's (facts), or 256")
+    data: str = setting("data/facts", "folder made by prepare_data.py")
+    out_dir: str = setting("", "run folder; default out/<preset>-<ffn>-<seed>")
+    seed: int = setting(1337, "of weights, batches and dropout")
+    max_steps: int = setting(5000, "optimizer steps")
+    batch_size: int = setting(128, "windows per step, over all ranks")
+    micro_batch_size: int = setting(0, "windows per forward pass and rank; 0: batch_size / ranks. "
+                                    "Lower it when memory runs out")
+    learning_rate: float = setting(3e-3, "times a warm-up from 0 to 1, "
+                                   "times a straight line from 1 down to 0")
+    value_lr: float = setting(5e-3, "the same for the memory table's values")
+    weight_decay: float = setting(0.1, "on matrices; "
+                                  "not on embeddings, norms, half-keys and values")
+    beta1: float = setting(0.9, "AdamW")
+    beta2: float = setting(0.99, "AdamW")
+    grad_clip: float = setting(1.0, "largest norm of the gradient; "
+                               "the values' gradient is clipped apart, to the same norm")
+    warmup_steps: int = setting(100, "steps of linear warm-up")
+    log_every: int = setting(100, "steps between log lines")
+    eval_every: int = setting(1000, "steps between evaluations and checkpoints")
+    eval_windows: int = setting(2048, "validation windows per evaluation")
+    device: str = setting("auto", "auto | cpu | cuda | mps")
+    backend: str = setting("auto", "auto | triton | torch: what the memory operations run on")
+    mem_parallel: int = setting(0, "ranks that share a table, each holding some of its dims; "
+                                "0: all ranks; 1: each holds the whole")
+    compile: bool = setting(None, "torch.compile; default: with CUDA")
+    profile: bool = setting(False, "print where the time of 20 steps goes, "
+                            "operation by operation, and stop")
 
 
-def block_numbers(text):
-    return tuple(int(x) for x in text.split(","))
+# What a preset changes in Settings. Every preset trains with memory layers, unless --ffn dense.
+PRESETS = {
+    # One small memory layer: here the plain Memory recalls more than Memory+ (docs/results.md).
+    "facts": dict(
+        n_layer=3, n_head=4, n_embd=64,
+        mem_layers=(1,), mem_n_keys=128, mem_key_dim=16, mem_gate=False, qk_norm=False,
+        value_lr=4e-2, log_every=250),
+    "facts-gpu": dict(
+        data="data/facts-gpu",
+        n_layer=8, n_head=8, n_embd=512,
+        mem_layers=(2, 4, 6), mem_n_keys=512, mem_dtype="bfloat16",
+        max_steps=16_000, batch_size=512, learning_rate=1e-3, value_lr=1e-2),
+    "tinystories": dict(
+        data="data/tinystories", block_size=256,
+        n_layer=6, n_head=6, n_embd=384,
+        mem_layers=(1, 3, 5),
+        max_steps=20_000, batch_size=64, learning_rate=1e-3, value_lr=5e-3,
+        log_every=50, eval_windows=512),
+    "openwebtext": dict(
+        data="data/openwebtext", block_size=1024,
+        n_layer=12, n_head=12, n_embd=768,
+        mem_layers=(2, 6, 10), mem_n_keys=1024, mem_dtype="bfloat16",
+        max_steps=20_000, batch_size=512, micro_batch_size=32,
+        learning_rate=6e-4, value_lr=3e-3, beta2=0.95, warmup_steps=700,
+        log_every=10, eval_every=500, eval_windows=1024),
+}
+# The data of these presets is made on the spot.
+FACTS = {
+    "facts": dict(people=8000, documents=640_000),
+    "facts-gpu": dict(people=100_000, documents=8_192_000),
+}
+# What --resume may change: nothing that changes the run.
+MAY_CHANGE = {"device", "backend", "compile", "micro_batch_size", "log_every", "data",
+              "mem_parallel"}
+# What the numbers may be: from low to high.
+LIMITS = {
+    "max_steps": (1, math.inf), "batch_size": (1, math.inf), "log_every": (1, math.inf),
+    "eval_every": (1, math.inf), "eval_windows": (1, math.inf), "beta1": (0, 1 - 1e-9),
+    "beta2": (0, 1 - 1e-9), "learning_rate": (1e-30, math.inf), "value_lr": (1e-30, math.inf),
+    "grad_clip": (1e-30, math.inf), "weight_decay": (0, math.inf), "warmup_steps": (0, math.inf),
+    "seed": (0, math.inf), "micro_batch_size": (0, math.inf),
+}
 
 
 def flag(name):
+    """mem_n_keys -> --mem-n-keys"""
     return "--" + name.replace("_", "-")
 
 
-def read_json(path, way_out, parse=json.loads):
-    try:
-        return parse(Path(path).read_text("utf-8"))
-    except (OSError, ValueError) as e:
-        raise Trouble(f"cannot read {path} ({type(e).__name__}): {way_out}") from None
+def block_numbers(text):
+    """2,4,6 -> (2, 4, 6)"""
+    return tuple(int(number) for number in text.split(","))
 
 
-def write_whole(path, write):
-    """Write a file under another name, rename it when it is whole: whatever happens, what stood there before is not lost."""
-    part = Path(f"{path}.part")
-    try:
-        write(part)
-        os.replace(part, path)
-    except (OSError, RuntimeError) as e:  # torch.save says RuntimeError when the disk is full
-        part.unlink(missing_ok=True)
-        raise Trouble(f"cannot write {path} ({str(e).splitlines()[0]}): free some space or choose another --out-dir; "
-                      f"what was saved before is still there") from None
+def make_parser():
+    """A flag for each field of Settings, with its help and the default of `python train.py`."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("preset", nargs="?", default="facts",
+                        help="which defaults to start from: " + ", ".join(PRESETS))
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out-dir")
+    parser.add_argument("--compare", nargs="+", metavar="RUN",
+                        help="print and draw these run folders side by side, train nothing")
+    defaults = preset_settings("facts", {})
+    for f in dataclasses.fields(Settings):
+        if f.type is bool:
+            kind = dict(action=argparse.BooleanOptionalAction)
+        elif f.type is tuple:
+            kind = dict(type=block_numbers)
+        else:
+            kind = dict(type=f.type)
+        text = f"{f.metadata['help']} ({getattr(defaults, f.name)})".replace("%", "%%")
+        parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, **kind)
+
+    def one_line(message):
+        more = "(python train.py --help lists every setting)"
+        parser.exit(2, f"train.py: {message} {more}\n")
+    parser.error = one_line
+    return parser
 
 
-def write_json(path, content):
-    write_whole(path, lambda part: part.write_text(json.dumps(content, indent=1) + "\n", "utf-8"))
+def preset_settings(preset, given):
+    """The settings of a preset, changed by those that were given."""
+    values = dict(ffn="memory")
+    values.update(PRESETS[preset])
+    values.update(given)
+    return Settings(**values)
+
+
+def read_settings(argv):
+    """The command line, None: the process's -> (Settings, preset, resume, runs to compare)."""
+    parser = make_parser()
+    given = vars(parser.parse_args(argv))
+    preset = given.pop("preset")
+    resume = given.pop("resume")
+    runs = given.pop("compare")
+    if preset not in PRESETS:
+        parser.error(f"preset {preset!r} is unknown: choose one of {', '.join(PRESETS)}")
+    s = preset_settings(preset, given)
+    if not s.out_dir:
+        s.out_dir = f"out/{preset}-{s.ffn}-{s.seed}"
+        if s.profile:
+            s.out_dir += "-profile"
+    if resume:
+        s = resumed_settings(s.out_dir, given)
+    return s, preset, resume, runs
+
+
+def resumed_settings(out_dir, given):
+    """The settings of the run in out_dir; `given` may change what does not change the run."""
+    path = Path(out_dir) / "config.json"
+    way_out = "nothing to resume: give the folder of a run with --out-dir"
+    saved = read_json(path, way_out)["settings"]
+    saved["mem_layers"] = tuple(saved["mem_layers"])
+    unknown = saved.keys() - {f.name for f in dataclasses.fields(Settings)}
+    if unknown:
+        raise ValueError(f"{path} has the unknown setting {min(unknown)}: another version of this "
+                         f"program wrote it, start another run with --out-dir out/NAME")
+    for name in given.keys() - MAY_CHANGE - {"out_dir"}:
+        if given[name] != saved.get(name):
+            raise ValueError(f"{flag(name)} {given[name]} is not the run's {saved.get(name)}: a "
+                             f"resumed run keeps its settings, start another with --out-dir")
+    changes = {name: given[name] for name in given.keys() & MAY_CHANGE}
+    return Settings(**saved | changes | dict(out_dir=out_dir))
 
 
 def fit_to_data(s, world):
     """Fill in what the data decides, and refuse what cannot work. Returns the data's meta.json."""
-    meta = read_json(Path(s.data) / "meta.json", f"prepare the data first: python prepare_data.py {Path(s.data).name}")
-    V, infinity = meta["vocab_size"], math.inf
-    s.vocab_size = s.vocab_size or (V if V < 10_000 else (V + 63) // 64 * 64)
-    s.block_size = s.block_size or meta.get("window", 256)
+    way_out = f"prepare the data first: python prepare_data.py {Path(s.data).name}"
+    meta = read_json(Path(s.data) / "meta.json", way_out)
+    V = meta["vocab_size"]
+    window = meta.get("window")  # of the facts corpus, where each window holds one fact
+    if not s.vocab_size:
+        s.vocab_size = V if V < 10_000 else (V + 63) // 64 * 64
+    if not s.block_size:
+        s.block_size = window or 256
     if s.vocab_size < V:
-        raise Trouble(f"--vocab-size {s.vocab_size} < {V} tokens in {s.data}: raise it or leave it out")
-    if s.block_size != meta.get("window", s.block_size):
-        raise Trouble(f"--block-size {s.block_size} is not {s.data}'s window of {meta['window']} tokens, one fact each: leave it out")
-    for names, low, high in (("max_steps batch_size log_every eval_every eval_windows", 1, infinity), ("beta1 beta2", 0, 1 - 1e-9),
-                             ("learning_rate value_lr grad_clip", 1e-30, infinity), ("weight_decay warmup_steps seed micro_batch_size", 0, infinity)):
-        for name in names.split():
-            if not low <= getattr(s, name) <= high:
-                raise Trouble(f"{flag(name)} {getattr(s, name)} is not between {low} and {high}: change it")
-    micro = s.micro_batch_size or s.batch_size // world
-    if micro < 1 or s.batch_size % (micro * world):
-        raise Trouble(f"--batch-size {s.batch_size} does not divide into {world} rank(s) x --micro-batch-size {micro}: change one of them")
-    P, D = s.mem_parallel or world, s.mem_value_dim or s.n_embd
-    if s.ffn == "memory" and (P < 1 or world % P or D % P):
-        raise Trouble(f"--mem-parallel {P}: a table of {D} dims cannot be shared so by {world} rank(s): choose a number that divides both, 1 always does")
-    try:
-        s.check()
-    except ValueError as e:  # it speaks of mem_topk, the user of --mem-topk
-        raise Trouble(re.sub(r"\b(" + "|".join(f.name for f in dataclasses.fields(s)) + r")\b", lambda m: flag(m[0]), str(e))) from None
+        raise ValueError(f"--vocab-size {s.vocab_size} < {V} tokens in {s.data}: "
+                         f"raise it or leave it out")
+    if window and s.block_size != window:
+        raise ValueError(f"--block-size {s.block_size} is not {s.data}'s window of {window} "
+                         f"tokens, one fact each: leave it out")
+    for name, (low, high) in LIMITS.items():
+        value = getattr(s, name)
+        if not low <= value <= high:
+            raise ValueError(f"{flag(name)} {value} is not between {low} and {high}: change it")
+    check_ranks(s, world)
+    s.check()
     return meta
 
 
-# ---- data
+def check_ranks(s, world):
+    """Refuse a batch or a table that cannot be shared out over the ranks."""
+    micro = s.micro_batch_size or s.batch_size // world
+    if micro < 1 or s.batch_size % (micro * world):
+        raise ValueError(f"--batch-size {s.batch_size} does not divide into {world} rank(s) x "
+                         f"--micro-batch-size {micro}: change one of them")
+    P = s.mem_parallel or world
+    D = s.value_dim()
+    if s.ffn == "memory" and (P < 1 or world % P or D % P):
+        raise ValueError(f"--mem-parallel {P}: a table of {D} dims cannot be shared so by {world} "
+                         f"rank(s): choose a number that divides both, 1 always does")
+
+
+# ---- files
+
+def read_json(path, way_out, parse=json.loads):
+    """What a file holds, or a ValueError that says what to do."""
+    try:
+        return parse(Path(path).read_text("utf-8"))
+    except (OSError, ValueError) as e:
+        raise ValueError(f"cannot read {path} ({type(e).__name__}): {way_out}") from None
+
+
+def write_whole(path, write):
+    """Write a file under another name and rename it when it is whole: write(path of that name).
+
+    Whatever happens, what stood there before is not lost.
+    """
+    part = Path(f"{path}.part")
+    try:
+        write(part)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError when the disk is full
+        part.unlink(missing_ok=True)
+        why = str(e).splitlines()[0]
+        raise ValueError(f"cannot write {path} ({why}): free some space or choose another "
+                         f"--out-dir; what was saved before is still there") from None
+
+
+def write_text(path, text):
+    write_whole(path, lambda part: part.write_text(text, "utf-8"))
+
+
+def write_json(path, content):
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+# ---- batches
 
 class Loader:
-    """Windows of a .bin file: window i is tokens [i*T, (i+1)*T), its targets are one further on. Nothing to save: step s reads the
-    windows at places [s*batch_size, (s+1)*batch_size) of a shuffle that is seeded by (seed, epoch); every window once an epoch."""
+    """Windows of a .bin file: window i is the tokens [i*T, (i+1)*T), targets are one further on.
+
+    Every window comes once an epoch, in an order that depends on (seed, epoch) alone. Step s takes
+    the windows at the places [s * batch_size, (s+1) * batch_size) of the orders of all epochs, one
+    after the other. So there is nothing to save for a resumed run.
+    """
 
     def __init__(self, folder, split, meta, s):
         path = Path(folder) / f"{split}.bin"
         try:
             self.tokens = np.memmap(path, dtype="<u2", mode="r")
         except (OSError, ValueError) as e:
-            raise Trouble(f"cannot read {path} ({e.__class__.__name__}): prepare the data again") from None
+            raise ValueError(f"cannot read {path} ({type(e).__name__}): "
+                             f"prepare the data again") from None
         if len(self.tokens) != meta["tokens"][split]:
-            raise Trouble(f"{path} has {len(self.tokens)} tokens, meta.json says {meta['tokens'][split]}: prepare the data again")
-        if path.stat().st_size < 2**30 and hashlib.sha256(self.tokens).hexdigest() != meta["sha256"][f"{split}.bin"]:
-            raise Trouble(f"{path} is not the file that meta.json describes (its sha256 differs): prepare the data again")
-        self.T, self.seed, self.batch_size = s.block_size, s.seed, s.batch_size
-        self.windows, self.epoch = (len(self.tokens) - 1) // self.T, None
+            raise ValueError(f"{path} has {len(self.tokens)} tokens, meta.json says "
+                             f"{meta['tokens'][split]}: prepare the data again")
+        if path.stat().st_size < 2**30:  # a larger file takes too long to check
+            if hashlib.sha256(self.tokens).hexdigest() != meta["sha256"][f"{split}.bin"]:
+                raise ValueError(f"{path} is not the file that meta.json describes (its sha256 "
+                                 f"differs): prepare the data again")
+        self.T = s.block_size
+        self.seed = s.seed
+        self.batch_size = s.batch_size
+        self.windows = (len(self.tokens) - 1) // self.T
+        self.epoch = None  # whose order is in self.order
         if self.windows < 1:
-            raise Trouble(f"{path} has {len(self.tokens)} tokens, a window needs {self.T + 1}: lower --block-size or use more text")
+            raise ValueError(f"{path} has {len(self.tokens)} tokens, a window needs {self.T + 1}: "
+                             f"lower --block-size or use more text")
 
     def window(self, i):
         """i (b,) window numbers -> x, y (b, T) int64."""
-        w = torch.from_numpy(self.tokens[np.asarray(i)[:, None] * self.T + np.arange(self.T + 1)].astype(np.int64))  # (b, T + 1)
-        return w[:, :-1].contiguous(), w[:, 1:].contiguous()                # only such are copied to a GPU while it works
+        places = np.asarray(i)[:, None] * self.T + np.arange(self.T + 1)  # (b, T+1)
+        w = torch.from_numpy(self.tokens[places].astype(np.int64))  # (b, T+1)
+        # Only contiguous tensors are copied to a GPU while it works.
+        return w[:, :-1].contiguous(), w[:, 1:].contiguous()
 
     def batch(self, step, rows):
         """Rows of the global batch of a step, integers in [0, batch_size) -> x, y (b, T) int64."""
-        place = step * self.batch_size + np.asarray(rows)                   # (b,)
-        number = np.empty_like(place)                                       # (b,)
+        place = step * self.batch_size + np.asarray(rows)  # (b,)
+        number = np.empty_like(place)  # (b,)
         for epoch in np.unique(place // self.windows):
             if epoch != self.epoch:
-                self.order, self.epoch = np.random.default_rng([self.seed, epoch]).permutation(self.windows), epoch  # (windows,)
-            here = place // self.windows == epoch                           # (b,)
-            number[here] = self.order[place[here] % self.windows]
+                shuffle = np.random.default_rng([self.seed, epoch])
+                self.order = shuffle.permutation(self.windows)  # (windows,)
+                self.epoch = epoch
+            in_epoch = place // self.windows == epoch  # (b,)
+            number[in_epoch] = self.order[place[in_epoch] % self.windows]
         return self.window(number)
 
 
-# ---- what the model knows
+# ---- optimizers
+
+def schedule(step, s):
+    """What a rate is multiplied with: linear warm-up, times a line from 1 to zero at max_steps."""
+    warmup = min(1, (step + 1) / max(s.warmup_steps, 1))
+    return warmup * (1 - step / s.max_steps)
+
+
+def make_optimizers(model, s):
+    """AdamW for everything but the tables, and with memory layers a TableAdamW for those.
+
+    Matrices are decayed, the rest is not. Returns (list of optimizers, parameters of the first).
+    """
+    matrices = []
+    rest = []
+    for name, p in model.named_parameters():
+        if name.endswith(".values"):
+            continue
+        if p.dim() == 2 and not name.startswith("wte"):
+            matrices.append(p)
+        else:
+            rest.append(p)
+    groups = [dict(params=matrices, weight_decay=s.weight_decay),
+              dict(params=rest, weight_decay=0.0)]
+    betas = (s.beta1, s.beta2)
+    optimizers = [torch.optim.AdamW(groups, lr=s.learning_rate, betas=betas, fused=True)]
+    if model.tables:
+        tables = list(model.tables)
+        optimizers.append(TableAdamW(tables, s.value_lr, betas, s.grad_clip, s.compile))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]  # the loop sets lr to peak * schedule
+    return optimizers, matrices + rest
+
+
+class TableAdamW(torch.optim.AdamW):
+    """AdamW for memory tables, without decay. It steps all rows: a batch reads most of them anyway.
+
+    tables: list of MemoryTable. clip: largest norm of the gradient, that of all tables together.
+    compile: torch.compile for the step of bfloat16 tables; None: with CUDA.
+
+    float32 tables go through torch's AdamW. bfloat16 tables go through adamw_bfloat16_ and take 10
+    bytes a value: the value and two moments in bfloat16, and the gradient, summed in float32 over
+    layers and micro-steps. Over several ranks it averages the gradients: DDP does not see them.
+    """
+
+    def __init__(self, tables, lr, betas, clip=math.inf, compile=None):
+        values = [table.values for table in tables]
+        super().__init__(values, lr=lr, betas=betas, weight_decay=0.0, fused=True)
+        self.tables = tables
+        self.clip = clip
+        self.compile = values[0].is_cuda if compile is None else compile
+        for table in tables:
+            p = table.values  # (S, D/P)
+            if not p.requires_grad:
+                wide = torch.promote_types(p.dtype, torch.float32)
+                table.grad_sum = torch.zeros_like(p, dtype=wide)  # (S, D/P)
+            if p.dtype == torch.bfloat16:
+                self.state[p] = dict(step=0, exp_avg=torch.zeros_like(p),
+                                     exp_avg_sq=torch.zeros_like(p))
+
+    @torch.no_grad()
+    def step(self):
+        """Use up the gradients: they are zero or gone afterwards.
+
+        Returns their norm before clipping, a scalar tensor.
+        """
+        grads = []  # (S, D/P) each
+        for table in self.tables:
+            grads.append(table.values.grad if table.grad_sum is None else table.grad_sum)
+        norm, ranks = self.reduce(grads)
+        scale = (self.clip / (norm + 1e-6)).clamp(max=1.0) / ranks  # ()
+        for table, grad in zip(self.tables, grads):
+            if table.values.dtype == torch.bfloat16:
+                self.step_bfloat16(table, scale)
+                continue
+            # To look at scale costs nothing on a CPU, and may save a pass over the table.
+            if grad.device.type != "cpu" or scale != 1:
+                grad.mul_(scale)
+            table.values.grad = grad  # for torch's AdamW
+        super().step()  # bfloat16 tables have no .grad, so it leaves them alone
+        for table, grad in zip(self.tables, grads):
+            table.values.grad = None
+            if table.grad_sum is not None and table.values.dtype != torch.bfloat16:
+                grad.zero_()
+        return norm
+
+    def reduce(self, grads):
+        """Add up the gradients of the replicas -> (norm of their mean, number of ranks)."""
+        mesh = self.tables[0].mesh
+        if mesh is not None:
+            for grad in grads:
+                dist.all_reduce(grad, group=mesh.get_group("replica"))
+        norm = torch.stack([torch.linalg.vector_norm(grad) for grad in grads]).norm()  # ()
+        if mesh is None:
+            return norm, 1
+        norm = norm.square()
+        dist.all_reduce(norm, group=mesh.get_group("slice"))  # over all dims
+        return norm.sqrt() / mesh.size(), mesh.size()
+
+    def step_bfloat16(self, table, scale):
+        state = self.state[table.values]
+        group, = self.param_groups
+        state["step"] += 1
+        adamw_bfloat16_(table.values, table.grad_sum, state["exp_avg"], state["exp_avg_sq"],
+                        state["step"], group["lr"], *group["betas"], scale=scale,
+                        eps=group["eps"], first_column=table.dims.start, compile=self.compile)
+
+    def slices(self):
+        """What a checkpoint keeps of each table: this rank's values and moments, (S, D/P) each."""
+        kept = []
+        for table in self.tables:
+            state = self.state[table.values]
+            kept.append(dict(values=table.values.detach(), exp_avg=state["exp_avg"],
+                             exp_avg_sq=state["exp_avg_sq"]))
+        return kept
+
+    def load(self, saved, step):
+        """Go on after `step` steps.
+
+        saved: for each table {"exp_avg": [(S, D/P), ...], "exp_avg_sq": ...}, the slices of all
+        ranks that saved it, however many those were.
+        """
+        for table, slices in zip(self.tables, saved):
+            p = table.values
+            state = self.state[p]
+            state["step"] = step
+            if p.dtype != torch.bfloat16:  # torch's AdamW keeps its step count on the device
+                state["step"] = torch.tensor(float(step), device=p.device)
+            for name in ("exp_avg", "exp_avg_sq"):
+                mine = columns(slices[name], table.dims)  # (S, D/P)
+                state[name] = mine.to(p.device, copy=True)
+
+
+def adamw_bfloat16_(values, grad_sum, exp_avg, exp_avg_sq, step, lr, beta1, beta2, scale=1.0,
+                    eps=1e-8, first_column=0, compile=False):
+    """One step of AdamW without decay (arXiv 1711.05101) on a bfloat16 table, in place.
+
+    values, exp_avg, exp_avg_sq (S, W) bfloat16, rounded randomly; grad_sum (S, W) float32, is
+    multiplied by scale (a number or a scalar tensor), and zero afterwards. step: 1, 2, ... A table
+    in slices is rounded as the whole one: first_column is where these W columns begin.
+    Held: 2 + 2 + 2 + 4 bytes a value. Compiled, one pass reads 10 bytes and writes 10.
+    """
+    device = values.device
+    # As tensors, so that a new number does not compile anew; filled there, so that nothing waits.
+    scalars = dict(
+        scale=scale if torch.is_tensor(scale) else torch.full((), float(scale), device=device),
+        rate=torch.full((), lr / (1 - beta1**step), device=device),
+        unbias=torch.full((), 1 / (1 - beta2**step), device=device),
+        step=torch.full((), step, device=device))
+    column = first_column + torch.arange(values.shape[1], device=device)  # (W,)
+    row = torch.arange(len(values), device=device)  # (S,)
+    if compile:
+        compiled_update()(values, grad_sum, exp_avg, exp_avg_sq, row, column, beta1=beta1,
+                          beta2=beta2, eps=eps, **scalars)
+        return
+    # Some rows at a time: not compiled, every operation makes a tensor of its own.
+    numbers_at_once = 2**20 if device.type == "cpu" else 2**24
+    some = max(numbers_at_once // values.shape[1], 1)
+    for i in range(0, len(values), some):
+        here = slice(i, i + some)
+        update_bfloat16_(values[here], grad_sum[here], exp_avg[here], exp_avg_sq[here], row[here],
+                         column, beta1=beta1, beta2=beta2, eps=eps, **scalars)
+
+
+@functools.cache
+def compiled_update():
+    return torch.compile(update_bfloat16_)
+
+
+def update_bfloat16_(values, grad_sum, exp_avg, exp_avg_sq, row, column, scale, rate, unbias, step,
+                     beta1, beta2, eps):
+    """AdamW's formulas in float32, then the three results rounded. row (S,), column (W,) int64."""
+    g = grad_sum * scale  # (S, W), as all below
+    m = exp_avg.float().lerp(g, 1 - beta1)
+    v = exp_avg_sq.float().lerp(g.square(), 1 - beta2)
+    p = values.float() - rate * m / ((v * unbias).sqrt() + eps)
+    noise = scramble(scramble(scramble(step) ^ row[:, None]) ^ column)  # 32 bits for each place
+    values.copy_(round_randomly(p, noise & 0xFFFF))
+    exp_avg.copy_(round_randomly(m, noise >> 16))
+    exp_avg_sq.copy_(round_randomly(v, scramble(noise + 1) & 0xFFFF))
+    grad_sum.zero_()
+
+
+def scramble(x):
+    """A hash of integers: int64, of which the lower 32 bits count -> int64 in [0, 2^32).
+
+    Neighbours get unrelated results, so that it serves as noise that depends on place and step
+    alone. The factor is odd and small enough for the product to fit in 64 bits.
+    """
+    for _ in range(2):
+        x = x & 0xFFFFFFFF
+        x = (x ^ (x >> 16)) * 0x45D9F3B
+    x = x & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def round_randomly(x, noise):
+    """float32 -> bfloat16, up or down with the probabilities that keep the mean.
+
+    bfloat16 is float32 without its lower 16 bits. Adding 16 random bits before cutting those off
+    rounds up in proportion to what is cut off. Rounded to the nearest instead, an update below
+    1/512 of a number would be lost every time. noise: integers in [0, 2^16). NaN stays NaN.
+    """
+    bits = x.view(torch.int32) + noise.int()
+    rounded = (bits >> 16).to(torch.int16).view(torch.bfloat16)
+    return torch.where(x.isnan(), torch.nan, rounded)
+
+
+def columns(slices, dims):
+    """Columns `dims` (a slice) of a matrix (S, D) that is there in P slices (S, D/P).
+
+    The matrix is not put together.
+    """
+    width = slices[0].shape[1]
+    parts = []
+    for i, s in enumerate(slices):
+        begin = max(dims.start - i * width, 0)
+        end = max(dims.stop - i * width, 0)
+        parts.append(s[:, begin:end])
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+# ---- evaluation
 
 def share_out(n, rank, world):
-    """This rank's part of range(n), and how many of it count. All parts are equally long, since ranks that share a table read it together:
-    what is missing at the end is filled with n - 1."""
+    """This rank's part of range(n) -> (numbers, how many of them count).
+
+    All ranks get equally many, since ranks that share a table read it together. What is missing at
+    the end is filled up with n - 1.
+    """
     each = -(-n // world)
-    return np.minimum(np.arange(rank * each, (rank + 1) * each), n - 1), min(max(n - rank * each, 0), each)
+    numbers = np.arange(rank * each, (rank + 1) * each)  # (each,)
+    count = min(max(n - rank * each, 0), each)
+    return np.minimum(numbers, n - 1), count
 
 
 def sum_over_ranks(t):
@@ -213,15 +583,17 @@ def sum_over_ranks(t):
 
 @torch.no_grad()
 def evaluate(model, loader, count, ctx, rank=0, world=1):
-    """Mean loss in nats per token over count windows, evenly spread over the validation set; the same ones every time."""
+    """Mean loss in nats per token over `count` windows, spread evenly over the validation set."""
     model.eval()
-    total, device, count = 0.0, next(model.parameters()).device, min(count, loader.windows)
-    mine, real = share_out(count, rank, world)                              # (each,), numbers of windows among count
-    at_once = min(64, max(2**14 // loader.T, 1))  # of 1,024 tokens 16: the logits are larger than all else
+    device = next(model.parameters()).device
+    count = min(count, loader.windows)
+    mine, real = share_out(count, rank, world)  # (each,), numbers of windows among count
+    at_once = min(64, max(2**14 // loader.T, 1))  # the logits are larger than all else
+    total = 0.0
     for i in range(0, len(mine), at_once):
         x, y = loader.window(mine[i:i + at_once] * loader.windows // count)  # (b, T) both
         with ctx:
-            loss = model(x.to(device), y.to(device), reduction="none")[1]   # (b, T)
+            _, loss = model(x.to(device), y.to(device), reduction="none")  # (b, T)
         total += loss.mean(dim=1)[:max(real - i, 0)].sum().item()
     model.train()
     return sum_over_ranks(torch.tensor(total, device=device)).item() / count
@@ -229,324 +601,860 @@ def evaluate(model, loader, count, ctx, rank=0, world=1):
 
 @torch.no_grad()
 def ask_facts(model, facts, meta, read, rank=0, world=1, count=None):
-    """What the model knows of the facts corpus after reading a `read` share of it. With count: recall alone, over that many facts."""
-    known = np.flatnonzero(~facts["control"])
-    chosen = np.random.default_rng(0).permutation(known)[:count] if count else np.arange(len(facts["control"]))
-    part, real = share_out(len(chosen), rank, world)
-    mine = chosen[part]                                                     # (each,)
+    """What the model knows of the facts corpus after reading a `read` share of it.
 
-    def everywhere(x):  # (each,) -> (F,): each rank fills in its part, the sum is the whole
-        whole = np.zeros(len(facts["control"]), np.float32)
+    facts: the arrays of recall.npz. count: ask only so many facts, and return {"recall"} alone.
+    Otherwise: recall, recall_by_exposures, recall_control, recall_unseen_phrasing, bits_stored and
+    bits_per_param. bits_stored is facts * log2(possible answers) minus the answers' cross-entropy.
+    """
+    control = facts["control"]  # (F,) bool: people who are never in the text
+    known = np.flatnonzero(~control)
+    chosen = np.arange(len(control))
+    if count:
+        chosen = np.random.default_rng(0).permutation(known)[:count]
+    part, real = share_out(len(chosen), rank, world)
+    mine = chosen[part]  # (each,)
+
+    def over_all_ranks(x):  # (each,) -> (F,): each rank fills in its part
+        whole = np.zeros(len(control), np.float32)
         whole[mine[:real]] = x[:real]
-        return sum_over_ranks(torch.from_numpy(whole).to(model.wte.weight.device)).cpu().numpy().astype(float)
-    right, nats = map(everywhere, model.answer(facts["seen"][mine], facts["seen_span"][mine]))
+        device = model.wte.weight.device
+        return sum_over_ranks(torch.from_numpy(whole).to(device)).cpu().numpy().astype(float)
+
+    right, nats = model.answer(facts["seen"][mine], facts["seen_span"][mine])  # (each,) both
+    right = over_all_ranks(right)  # (F,)
+    nats = over_all_ranks(nats)  # (F,)
     if count:
         return dict(recall=right[chosen].mean())
-    unseen = everywhere(model.answer(facts["unseen"][mine], facts["unseen_span"][mine])[0])
-    exposures = facts["exposures"] * read
-    table, edges = [], [0, 1] + [2**i for i in range(1, 12)] + [math.inf]
+    unseen, _ = model.answer(facts["unseen"][mine], facts["unseen_span"][mine])  # (each,)
+    unseen = over_all_ranks(unseen)  # (F,)
+    bits = np.log2(meta["answers"]) * len(known) - nats[known].sum() / math.log(2)
+    bits = max(0.0, bits)
+    return dict(
+        recall=right[known].mean(),
+        recall_by_exposures=by_exposures(right[known], facts["exposures"][known] * read),
+        recall_control=right[control].mean(),
+        recall_unseen_phrasing=unseen[known].mean(),
+        bits_stored=bits,
+        bits_per_param=bits / model.param_counts()["total"])
+
+
+def by_exposures(right, exposures):
+    """Recall of facts that were read 0, 1, 2-3, 4-7, ... times. right, exposures (F,)."""
+    edges = [0, 1] + [2**i for i in range(1, 12)] + [math.inf]
+    rows = []
     for low, high in zip(edges, edges[1:]):
-        group = known[(exposures[known] >= low) & (exposures[known] < high)]
+        group = right[(exposures >= low) & (exposures < high)]
         if len(group):
-            table.append({"from": low, "to": None if high == math.inf else high, "facts": len(group), "recall": right[group].mean()})
-    bits = max(0.0, (np.log2(meta["answers"]) * len(known) - nats[known].sum() / math.log(2)))
-    return dict(recall=right[known].mean(), recall_by_exposures=table, recall_control=right[facts["control"]].mean(),
-                recall_unseen_phrasing=unseen[known].mean(), bits_stored=bits, bits_per_param=bits / model.param_counts()["total"])
+            to = None if high == math.inf else high
+            rows.append({"from": low, "to": to, "facts": len(group), "recall": group.mean()})
+    return rows
 
 
-# ---- schedule
+def usage(model):
+    """How much of the tables the counted step used, over all ranks -> (share of slots, KL in nats).
 
-def schedule(step, s):
-    """What a rate is multiplied with at a step: linear warm-up, times a straight line from 1 to zero at max_steps."""
-    return min(1, (step + 1) / max(s.warmup_steps, 1)) * (1 - step / s.max_steps)
+    The mean over the tables; (None, None) without any. See memory.MemoryTable.usage.
+    """
+    if not model.tables:
+        return None, None
+    for table in model.tables:
+        sum_over_ranks(table.read_weight)
+    return np.mean([table.usage() for table in model.tables], axis=0).tolist()
 
 
-# ---- the run folder, what is printed and drawn of it
+# ---- checkpoints
+
+def save_checkpoint(folder, model, optimizers, step, seconds, settings):
+    """Write what load_checkpoint reads. All ranks call it.
+
+    ckpt.pt holds tensors and plain types alone, so that it loads with weights_only=True. The slices
+    of a table over several ranks are files of their own. The ranks that hold them write them before
+    ckpt.pt names them: whenever a run is killed, ckpt.pt and the files it names are whole.
+    """
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    parts = model.tables[0].parts if model.tables else 1  # P
+    names = [f"ckpt-{step}-{i}of{parts}.pt" for i in range(parts)] if parts > 1 else []
+    tables = dict(tables=optimizers[1].slices() if model.tables else [])
+    if rank < len(names):
+        write_whole(folder / names[rank], lambda part: torch.save(tables, part))
+    if names:
+        dist.barrier()
+    if rank == 0:
+        state = dict(optimizer=optimizers[0].state_dict(), slices=names, step=step,
+                     seconds=seconds, settings=settings)
+        weights = model.state_dict().items()
+        state["model"] = {name: p for name, p in weights if not name.endswith(".values")}
+        if not names:
+            state.update(tables)
+        write_whole(folder / "ckpt.pt", lambda part: torch.save(state, part))
+        for old in folder.glob("ckpt-[0-9]*of*.pt*"):
+            if old.name not in names:
+                old.unlink()
+    if dist.is_initialized():
+        dist.barrier()  # nobody goes on, or leaves, while another still writes
+
+
+def load_checkpoint(folder, device="cpu", mesh=None):
+    """A run folder -> (GPT, checkpoint), for training and for sample.py.
+
+    checkpoint: model, optimizer, step, seconds, settings, and tables: for each one {"values",
+    "exp_avg", "exp_avg_sq"}, lists of the slices that it was saved in. With a mesh the GPT holds
+    this rank's dims of the tables, whatever the number of ranks that saved them.
+    Raises ValueError when there is no checkpoint, or one that is broken or another program's.
+    """
+    path = Path(folder) / "ckpt.pt"
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: give the folder of a run that has saved a "
+                         f"checkpoint")
+    try:
+        state = read_checkpoint(path)
+        saved = [read_checkpoint(path.with_name(name)) for name in state["slices"]] or [state]
+        settings = dict(state["settings"], mem_layers=tuple(state["settings"]["mem_layers"]))
+        config = {f.name: settings[f.name] for f in dataclasses.fields(GPTConfig)}
+        model = GPT(GPTConfig(**config), mesh)
+        weights = dict(state["model"])
+        tables = []
+        for i, table in enumerate(model.tables):
+            whole = {name: [file["tables"][i][name] for file in saved]
+                     for name in saved[0]["tables"][i]}
+            weights[f"tables.{i}.values"] = columns(whole["values"], table.dims)
+            tables.append(whole)
+        model.load_state_dict(weights)
+        state["tables"] = tables
+        for name in ("step", "optimizer", "seconds"):
+            state[name]  # KeyError if it is missing
+    except FileNotFoundError as e:
+        raise ValueError(f"{e.filename} is missing: {path} and the slices of the table belong "
+                         f"together, bring them into one folder") from None
+    except BROKEN as e:
+        raise ValueError(f"{path} is not a whole checkpoint of this program "
+                         f"({type(e).__name__}): train anew in another folder") from None
+    return model.to(device), state
+
+
+# What a broken file, or one of another program, can raise when it is read as a checkpoint.
+BROKEN = (OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError,
+          ArithmeticError, AssertionError, pickle.UnpicklingError)
+
+
+def read_checkpoint(path):
+    # Mapped, so that what is not used of tables and optimizer is never read. Windows cannot replace
+    # a file that is mapped.
+    mmap = sys.platform != "win32"
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+# ---- the run folder
 
 def prepare_folder(out, s, step, hardware):
-    """config.json, the tokenizer and the facts, so that the folder stands alone; a resumed run drops what it logged past its checkpoint."""
+    """Write config.json, and what sampling needs of the data, so that the folder stands alone.
+
+    A run that is resumed at `step` drops what it logged after that.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name in ("meta.json", "tokenizer.tiktoken", "recall.npz"):
             if (Path(s.data) / name).exists():
                 shutil.copy(Path(s.data) / name, out)
         log = out / "log.jsonl"
-        kept = [x for x in log.read_text("utf-8").splitlines() if x.endswith("}") and json.loads(x)["step"] <= step] if step else []
-        write_whole(log, lambda part: part.write_text("".join(x + "\n" for x in kept), "utf-8"))
+        kept = []
+        for line in log.read_text("utf-8").splitlines() if step else ():
+            is_whole = line.endswith("}")
+            if is_whole and json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        write_text(log, "".join(kept))
     except OSError as e:
-        raise Trouble(f"cannot write in {out} ({e.strerror or e}): choose another --out-dir") from None
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent) if shutil.which("git") else None
+        raise ValueError(f"cannot write in {out} ({e.strerror or e}): "
+                         f"choose another --out-dir") from None
+    versions = dict(python=platform.python_version(), torch=torch.__version__,
+                    numpy=np.__version__)
     write_json(out / "config.json", dict(
-        settings=dataclasses.asdict(s), command=" ".join(sys.argv), git=git.stdout.strip() if git else "", hardware=hardware,
-        versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)))
+        settings=dataclasses.asdict(s), command=" ".join(sys.argv), git=git_commit(),
+        hardware=hardware, versions=versions))
 
 
-def usage(model):
-    """Mean over the tables, reads of all ranks: (share of slots read, KL from uniform in nats), of the step that was counted."""
-    for table in model.tables:
-        sum_over_ranks(table.read_weight)
-    return np.mean([table.usage() for table in model.tables], axis=0).tolist() if model.tables else (None, None)
+def git_commit():
+    """The commit of this code, or "" if that is not known."""
+    if not shutil.which("git"):
+        return ""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
+                         cwd=Path(__file__).parent)
+    return git.stdout.strip()
 
 
 def peak_memory(device):
-    """Bytes: of the GPU's memory, or of this process."""
+    """Bytes: of the GPU's memory, or of this process (None on Windows)."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
-    with contextlib.suppress(ImportError):  # not on Windows
+    try:
         import resource
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    except ImportError:  # on Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def report(r):
-    """The closing block of a run, one name and value a line."""
-    plain = r | {f"params_{k}": v for k, v in r["params"].items()}
-    lines = ["---"] + [f"{k:22s} {v:.4f}" if isinstance(v, float) else f"{k:22s} {v}" for k, v in plain.items() if isinstance(v, (int, float, str))]
-    if "recall" in r:
+def report(result):
+    """The closing block of a run, from its result.json: numbers, then recall by exposures."""
+    plain = result | {f"params_{name}": n for name, n in result["params"].items()}
+    lines = ["---"]
+    for name, value in plain.items():
+        if isinstance(value, float):
+            lines.append(f"{name:22s} {value:.4f}")
+        elif isinstance(value, (int, str)):
+            lines.append(f"{name:22s} {value}")
+    if "recall" in result:
         lines += ["", " times read   facts   recalled"]
-        for row in r["recall_by_exposures"]:
-            label = f"{row['from']}" if row["from"] + 1 == row["to"] else f"{row['from']} - {row['to'] - 1}" if row["to"] else f"{row['from']} - "
-            lines.append(f"{label:>11s} {row['facts']:7d}   {100 * row['recall']:5.1f} %  " + "#" * round(40 * row["recall"]))
-        lines.append(f"people who are never named (control)   {100 * r['recall_control']:.1f} %")
+        for row in result["recall_by_exposures"]:
+            bar = "#" * round(40 * row["recall"])
+            lines.append(f"{exposure_label(row):>11s} {row['facts']:7d}   "
+                         f"{100 * row['recall']:5.1f} %  {bar}")
+        control = 100 * result["recall_control"]
+        lines.append(f"people who are never named (control)   {control:.1f} %")
     return "\n".join(lines)
 
 
+def exposure_label(row):
+    """How often the facts of a row were read: 1, 2 - 3, 4 - 7, ..."""
+    low = row["from"]
+    if row["to"] is None:
+        return f"{low} - "
+    if low + 1 == row["to"]:
+        return f"{low}"
+    return f"{low} - {row['to'] - 1}"
+
+
+# ---- pictures and comparison
+
 def read_run(folder):
-    """A finished run -> (result.json, its kind: the settings without what may differ between runs of one experiment, log.jsonl)."""
+    """A finished run -> dict with its name, result (result.json), kind, label and log.
+
+    kind: the settings without those that may differ between runs of one experiment. log: what
+    log.jsonl says at the evaluations.
+    """
+    folder = Path(folder)
     way_out = "give folders of finished runs, as out/NAME"
-    r, settings = read_json(Path(folder) / "result.json", way_out), read_json(Path(folder) / "config.json", way_out)["settings"]
-    log = read_json(Path(folder) / "log.jsonl", way_out, lambda text: [json.loads(x) for x in text.splitlines()])
-    return r, json.dumps({k: v for k, v in settings.items() if k not in ("seed", "out_dir", *MAY_CHANGE)}), log
+    result = read_json(folder / "result.json", way_out)
+    settings = read_json(folder / "config.json", way_out)["settings"]
+    lines = read_json(folder / "log.jsonl", way_out, str.splitlines)
+    differ = {"seed", "out_dir", *MAY_CHANGE}
+    kind = json.dumps({name: v for name, v in settings.items() if name not in differ})
+    log = [json.loads(line) for line in lines]
+    return dict(name=folder.name, result=result, kind=kind, label=label(settings), log=log)
+
+
+def label(settings):
+    """What a picture calls runs with these settings."""
+    if settings["ffn"] == "dense":
+        return f"Dense, width {settings['n_embd']}"
+    name = "Memory+" if settings["mem_gate"] and settings["qk_norm"] else "Memory"
+    return f"{name}, {settings['mem_n_keys'] ** 2:,} slots"
+
+
+def by_kind(runs):
+    """Runs -> lists of runs that differ by their seed only."""
+    groups = {}
+    for run in runs:
+        groups.setdefault(run["kind"], []).append(run)
+    return list(groups.values())
 
 
 def draw(folders, path):
-    """Loss over tokens, FLOPs and seconds, recall over tokens, seconds and exposures; runs of one kind in one colour."""
+    """Loss over tokens, FLOPs and seconds; with facts also recall over those and over exposures.
+
+    Runs that differ by their seed only are one line, their mean, and a band, plus and minus their
+    standard deviation.
+    """
     from matplotlib.figure import Figure
-    runs = {Path(f).name: read_run(f) for f in folders}
-    with_facts, kinds = all("recall" in r for r, _, _ in runs.values()), {}
-    fig = Figure(figsize=(15, 4 + 4 * with_facts), layout="constrained")
-    axes = fig.subplots(1 + with_facts, 3, squeeze=False)
-    for name, (r, kind, log) in runs.items():
-        color, first = kinds.setdefault(kind, (f"C{len(kinds)}", name))
-        style = dict(color=color, marker="o", ms=3, alpha=0.8, label=name if name == first else None)
-        evals = [x for x in log if "val_loss" in x]
-        tokens, seconds = [x["tokens"] for x in evals], [x["seconds"] for x in evals]
-        panels = [("tokens read", tokens, "val_loss"), ("training FLOPs", [t * r["flops_per_token"] for t in tokens], "val_loss"),
-                  ("seconds", seconds, "val_loss"), ("tokens read", tokens, "recall"), ("seconds", seconds, "recall")]
-        for ax, (xlabel, x, y) in zip(axes.flat, panels):
-            ax.plot(x, [e[y] for e in evals], **style)
-            ax.set(xlabel=xlabel, ylabel="validation loss (nats per token)" if y == "val_loss" else "facts recalled")
-        if len(runs) == 1:
-            axes[0, 0].plot([x["tokens"] for x in log], [x["loss"] for x in log], lw=0.5, color="gray", label="training loss of single steps")
-        if with_facts:
-            rows = [row for row in r["recall_by_exposures"] if row["from"]]
-            axes[1, 2].plot([row["from"] for row in rows], [row["recall"] for row in rows], **style)
-            axes[1, 2].set(xlabel="times a fact was read (from)", ylabel="facts recalled", xscale="log")
+    runs = [read_run(folder) for folder in folders]
+    with_facts = all("recall" in run["result"] for run in runs)
+    fig = Figure(figsize=(15, 8 if with_facts else 4), layout="constrained")
+    axes = fig.subplots(2 if with_facts else 1, 3, squeeze=False)
+    groups = by_kind(runs)
+    labels = [group[0]["label"] for group in groups]
+    for group in groups:
+        first = group[0]
+        name = first["label"]
+        if labels.count(name) > 1:
+            name += f" ({first['name']})"
+        if len(group) > 1:
+            name += f", {len(group)} seeds"
+        draw_curves(axes, group, name, with_facts)
+    if len(runs) == 1:
+        log = runs[0]["log"]
+        axes[0, 0].plot([line["tokens"] for line in log], [line["loss"] for line in log],
+                        lw=0.5, color="gray", label="training loss of single steps")
     axes[0, 0].legend(fontsize=8)
     write_whole(path, lambda part: fig.savefig(part, dpi=80, format="png"))
 
 
+def draw_curves(axes, group, name, with_facts):
+    """The curves of one kind of run in every panel."""
+    logs = [[line for line in run["log"] if "val_loss" in line] for run in group]
+    tokens = [line["tokens"] for line in logs[0]]
+    seconds = np.mean([[line["seconds"] for line in log] for log in logs], axis=0)
+    flops = [t * group[0]["result"]["flops_per_token"] for t in tokens]
+    panels = [(axes[0, 0], "tokens read", tokens, "val_loss"),
+              (axes[0, 1], "training FLOPs", flops, "val_loss"),
+              (axes[0, 2], "training seconds", seconds, "val_loss")]
+    if with_facts:
+        panels += [(axes[1, 0], "tokens read", tokens, "recall"),
+                   (axes[1, 1], "training seconds", seconds, "recall")]
+    for ax, xlabel, x, key in panels:
+        draw_band(ax, x, [[line[key] for line in log] for log in logs], name)
+        words = {"val_loss": "validation loss (nats per token)", "recall": "facts recalled"}
+        ax.set(xlabel=xlabel, ylabel=words[key])
+    if with_facts:
+        tables = [run["result"]["recall_by_exposures"] for run in group]
+        rows = [[row for row in table if row["from"] > 0] for table in tables]
+        x = [row["from"] for row in rows[0]]
+        draw_band(axes[1, 2], x, [[row["recall"] for row in table] for table in rows], name)
+        axes[1, 2].set(xlabel="times the fact was read (at least)", xscale="log",
+                       ylabel="facts recalled")
+
+
+def draw_band(ax, x, curves, name):
+    """The mean of some curves over the same x, and a band of one standard deviation around it."""
+    mean = np.mean(curves, axis=0)
+    line, = ax.plot(x, mean, "o-", ms=3, label=name)
+    if len(curves) > 1:
+        std = np.std(curves, axis=0, ddof=1)
+        ax.fill_between(x, mean - std, mean + std, color=line.get_color(), alpha=0.2, lw=0)
+
+
+# Title of a column of --compare: (name in result.json, factor).
+COLUMNS = {
+    "tokens M": ("tokens", 1e-6), "seconds": ("seconds", 1), "tok/s k": ("tokens_per_s", 1e-3),
+    "peak MiB": ("peak_memory_bytes", 2**-20), "MFLOP/tok": ("flops_per_token", 1e-6),
+    "val loss": ("val_loss", 1), "recall": ("recall", 1),
+    "unseen phr.": ("recall_unseen_phrasing", 1), "bits/param": ("bits_per_param", 1),
+}
+
+
 def compare(folders):
-    """Print runs side by side; of a kind that ran with several seeds the mean and standard deviation; ratios to the first kind; draw all."""
-    columns = {"tokens M": ("tokens", 1e-6), "seconds": ("seconds", 1), "tok/s k": ("tokens_per_s", 1e-3), "peak MiB": ("peak_memory_bytes", 2**-20),
-               "MFLOP/tok": ("flops_per_token", 1e-6), "val loss": ("val_loss", 1), "recall": ("recall", 1),
-               "unseen phr.": ("recall_unseen_phrasing", 1), "bits/param": ("bits_per_param", 1)}
-    groups = {}
-    print(f"{'run':36s}" + "".join(f"{title:>18s}" for title in columns))
-    for folder in folders:
-        r, kind, _ = read_run(folder)
-        numbers = [(r.get(key) or 0) * scale for key, scale in columns.values()]
-        print(f"{Path(folder).name:36s}" + "".join(f"{x:18.3f}" for x in numbers))
-        groups.setdefault(kind, (Path(folder).name, []))[1].append(numbers)
-    for name, numbers in groups.values():
-        if len(numbers) > 1:
-            print(f"{name + f', mean of {len(numbers)}':36s}" + "".join(f"{np.mean(x):9.3f} ±{np.std(x, ddof=1):7.3f}" for x in zip(*numbers)))
-    (first, base), *others = groups.values()
-    for name, numbers in others:
-        ratios = zip(columns, np.mean(numbers, axis=0), np.mean(base, axis=0))
-        print(f"{name} / {first}: " + " · ".join(f"{title} {a / b:.2f}" for title, a, b in ratios if b))
+    """Print runs side by side, the mean and spread of each kind, and ratios; draw compare.png."""
+    runs = [read_run(folder) for folder in folders]
+    print(f"{'run':36s}" + "".join(f"{title:>18s}" for title in COLUMNS))
+    for run in runs:
+        numbers = result_numbers(run)
+        print(f"{run['name']:36s}" + "".join(f"{x:18.3f}" for x in numbers))
+    groups = by_kind(runs)
+    for group in groups:
+        if len(group) > 1:
+            numbers = np.array([result_numbers(run) for run in group])  # (runs, columns)
+            spread = zip(numbers.mean(axis=0), numbers.std(axis=0, ddof=1))
+            name = f"{group[0]['name']}, mean of {len(group)}"
+            print(f"{name:36s}" + "".join(f"{m:9.3f} ±{std:7.3f}" for m, std in spread))
+    means = [np.mean([result_numbers(run) for run in group], axis=0) for group in groups]
+    for group, mean in zip(groups[1:], means[1:]):
+        ratios = [f"{title} {a / b:.2f}" for title, a, b in zip(COLUMNS, mean, means[0]) if b]
+        print(f"{group[0]['name']} / {groups[0][0]['name']}: " + " · ".join(ratios))
     picture = Path(folders[0]).parent / "compare.png"
     draw(folders, picture)
     print(f"drawn: {picture}")
-    return 0
 
 
-# ---- the run
+def result_numbers(run):
+    """What the columns of --compare show of a run; 0 where it has none."""
+    return [(run["result"].get(key) or 0) * factor for key, factor in COLUMNS.values()]
+
+
+# ---- the machine
+
+def pick_device(name):
+    """auto | cpu | cuda | cuda:1 | mps -> the device; auto: the fastest there is.
+
+    Raises ValueError when this machine has none of that name.
+    """
+    devices = ["cpu"]
+    if torch.backends.mps.is_available():
+        devices.insert(0, "mps")
+    if torch.cuda.is_available():
+        numbered = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        devices = ["cuda", *numbered, *devices]
+    if name == "auto":
+        return devices[0]
+    if name not in devices:
+        raise ValueError(f"--device {name} is not available on this machine: "
+                         f"use --device {devices[0]}")
+    return name
+
 
 def choose_device(s, world):
-    """The device of this rank, as a string; starts the process group where there are several ranks."""
+    """The device of this rank, as a string. Starts the process group if there are several ranks."""
+    kernel.backend(s.backend)
     device = pick_device(s.device)
     if s.ffn == "memory" and s.mem_dtype != "float32" and device == "mps":
-        raise Trouble(f"--mem-dtype {s.mem_dtype} does not train on mps: use float32 there, or --device cpu")
+        raise ValueError(f"--mem-dtype {s.mem_dtype} does not train on mps: "
+                         f"use float32 there, or --device cpu")
     if world > 1 and device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(minutes=10))
+        library = "nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(library, timeout=timedelta(minutes=10))
     if device == "cpu":
         keep_freed_memory()
     return device
 
 
-def restore(out, meta, s, device, mesh):
-    """The checkpoint of a run that is to go on -> (model, checkpoint)."""
-    model, state = GPT.load(out, device, mesh)
-    if read_json(out / "meta.json", "start another run with --out-dir")["sha256"] != meta["sha256"]:
-        raise Trouble(f"{s.data} is not the data that {out} was trained on: point --data at that")
-    if state["step"] >= s.max_steps:
-        raise Trouble(f"{out} has finished its {s.max_steps} steps: nothing to resume, start another with --out-dir out/NAME")
-    return model, state
+def keep_freed_memory():
+    """Tell glibc to keep what a step frees, for the next step.
 
+    Otherwise it gives large blocks back to the kernel, and getting them again costs a page fault
+    for each 4 KiB, which can take longer than the work. Only Linux with glibc has mallopt.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return
+    M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX = -4, -1, -8  # numbers from glibc's malloc.h
+    mallopt(M_MMAP_MAX, 0)  # no block stands apart from the heap
+    mallopt(M_TRIM_THRESHOLD, -1)  # the heap never shrinks
+    mallopt(M_ARENA_MAX, 1)  # all threads use one heap
+
+
+# Peak bfloat16 FLOP/s of GPUs, without sparsity, for the MFU in the log.
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
+              "RTX 4090": 165e12, "RTX 3090": 71e12}
+
+
+class StopRequest:
+    """Ctrl-C or SIGTERM: the first asks the loop to save and leave, a second one leaves at once.
+
+    torchrun passes a Ctrl-C on, so that its ranks get it twice. A signal within three seconds of
+    the first is taken for the same one.
+    """
+
+    def __init__(self):
+        self.time = None  # when it was asked for
+        signal.signal(signal.SIGINT, self.handle)
+        signal.signal(signal.SIGTERM, self.handle)
+
+    def handle(self, number, frame):
+        now = time.monotonic()
+        if self.time is None:
+            self.time = now
+        elif now > self.time + 3:
+            os._exit(130)
+
+    def __bool__(self):
+        return self.time is not None
+
+
+class Stopwatch:
+    """Training time, without evaluations and checkpoints.
+
+    seconds: of the whole run, those before a resume included. tokens per second leave out the first
+    steps of a process, which compile and warm up.
+    """
+
+    def __init__(self, seconds, step):
+        self.seconds = seconds
+        self.first = step
+        self.since = step  # the step at which the lap began
+        self.begin = time.perf_counter()
+        self.timed_steps = 0
+        self.timed_seconds = 0.0
+
+    def lap(self, step, is_last):
+        """The lap ends at this step -> seconds a step."""
+        lap = time.perf_counter() - self.begin
+        steps = step - self.since
+        self.seconds += lap
+        if self.since > self.first or is_last:
+            self.timed_steps += steps
+            self.timed_seconds += lap
+        return lap / steps
+
+    def go_on(self, step):
+        """The next lap begins."""
+        self.since = step
+        self.begin = time.perf_counter()
+
+
+# ---- one step
+
+class Trainer:
+    """A model with its data and optimizers, and what one training step does with them.
+
+    s: Settings, completed by fit_to_data. device: from choose_device. resume: go on from the
+    checkpoint in s.out_dir.
+    """
+
+    def __init__(self, s, meta, device, rank=0, world=1, resume=False):
+        self.s = s
+        self.device = device
+        self.cuda = device.startswith("cuda")
+        self.rank = rank
+        self.world = world
+        self.loader = Loader(s.data, "train", meta, s)
+        torch.manual_seed(s.seed)
+        torch.set_float32_matmul_precision("high")
+        self.ctx = contextlib.nullcontext()
+        if self.cuda:
+            self.ctx = torch.autocast("cuda", torch.bfloat16)
+
+        # The rows of each global batch that are this rank's, and how many it takes at a time.
+        self.micro = s.micro_batch_size or s.batch_size // world
+        self.accumulate = s.batch_size // (self.micro * world)
+        self.rows = np.array_split(np.arange(s.batch_size), world)[rank]
+
+        self.P = s.mem_parallel or world
+        mesh = None
+        if world > 1 and s.ffn == "memory":
+            mesh = init_device_mesh(device.split(":")[0], (world // self.P, self.P),
+                                    mesh_dim_names=("replica", "slice"))
+        self.first_step = 0
+        self.seconds = 0.0
+        if resume:
+            self.load(meta, mesh)
+        else:
+            self.model = GPT(s, mesh).to(device)
+            self.optimizers, self.dense = make_optimizers(self.model, s)
+        self.compiled = self.cuda if s.compile is None else s.compile
+        self.net = self.wrap()
+
+    def load(self, meta, mesh):
+        """Take model and optimizers from the checkpoint of a run that is to go on."""
+        s = self.s
+        out = Path(s.out_dir)
+        self.model, state = load_checkpoint(out, self.device, mesh)
+        way_out = "start another run with --out-dir"
+        if read_json(out / "meta.json", way_out)["sha256"] != meta["sha256"]:
+            raise ValueError(f"{s.data} is not the data that {out} was trained on: "
+                             f"point --data at that")
+        if state["step"] >= s.max_steps:
+            raise ValueError(f"{out} has finished its {s.max_steps} steps: nothing to resume, "
+                             f"start another with --out-dir out/NAME")
+        self.optimizers, self.dense = make_optimizers(self.model, s)
+        self.optimizers[0].load_state_dict(state["optimizer"])
+        if self.model.tables:
+            self.optimizers[1].load(state["tables"], state["step"])
+        self.first_step = state["step"]
+        self.seconds = state["seconds"]
+
+    def wrap(self):
+        """The model as it is called in training: compiled, and over several ranks in DDP."""
+        net = self.model
+        if self.compiled:
+            net = torch.compile(net)
+            if self.model.tables:
+                # Otherwise the graph is cut where DDP sends its gradients, and the backward of one
+                # part finds that the other's has written to grad_sum.
+                torch._dynamo.config.optimize_ddp = False
+        if self.world > 1:
+            # torch 2.13 has another name for it and warns; 2.11 knows this one only.
+            warnings.filterwarnings("ignore", "`broadcast_buffers`")
+            # No init_sync: all ranks made, or loaded, the same weights, and of a table their part.
+            net = torch.nn.parallel.DistributedDataParallel(
+                net, device_ids=[self.device] if self.cuda else None, broadcast_buffers=False,
+                init_sync=False)
+        return net
+
+    def count_reads(self, on):
+        """Whether the next step counts what it reads from the tables, for usage()."""
+        for table in self.model.tables:
+            table.count(on)
+
+    def step(self, step):
+        """Train on the batch of this step -> (loss of this rank, list of gradient norms).
+
+        All are scalar tensors, so that nobody has to wait for the device.
+        """
+        torch.manual_seed(hash((self.s.seed, step, self.rank)))  # of dropout
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * schedule(step, self.s)
+        loss = self.forward_and_backward(step)
+        norms = [torch.nn.utils.clip_grad_norm_(self.dense, self.s.grad_clip)]
+        self.optimizers[0].step()
+        for table_optimizer in self.optimizers[1:]:
+            norms.append(table_optimizer.step())  # it clips by itself
+        self.optimizers[0].zero_grad(set_to_none=True)
+        return loss, norms
+
+    def forward_and_backward(self, step):
+        """Gradients of all micro-batches of a step -> their mean loss."""
+        loss = torch.zeros((), device=self.device)
+        for m in range(self.accumulate):
+            rows = self.rows[m * self.micro:(m + 1) * self.micro]
+            x, y = (self.to_device(t) for t in self.loader.batch(step, rows))  # (micro, T) both
+            is_last = m + 1 == self.accumulate
+            # DDP averages the gradients over ranks at the end of a backward, once is enough.
+            sync = contextlib.nullcontext() if self.world == 1 or is_last else self.net.no_sync()
+            with sync:
+                with self.ctx:
+                    part = self.net(x, y)[1] / self.accumulate
+                part.backward()
+            loss += part.detach()
+        return loss
+
+    def to_device(self, t):
+        if self.cuda:
+            t = t.pin_memory()  # so that nobody waits until it is copied
+        return t.to(self.device, non_blocking=True)
+
+    def save(self, step, seconds):
+        save_checkpoint(Path(self.s.out_dir), self.model, self.optimizers, step, seconds,
+                        dataclasses.asdict(self.s))
+
+
+def profile(trainer):
+    """Print where the time of 20 steps goes, after 10 steps to warm up."""
+    for step in range(10):
+        trainer.step(step)
+    # The profiler's records break up freed memory. Free enough of it now, so that no step has to
+    # ask the kernel for more: that would cost time that a run does not pay.
+    blocks = [torch.ones(2**22) for _ in range(32)]
+    del blocks
+    profiler = torch.profiler.profile()
+    profiler.start()
+    for step in range(10, 30):
+        trainer.step(step)
+    profiler.stop()
+    key = "self_cuda_time_total" if trainer.cuda else "self_cpu_time_total"
+    table = profiler.key_averages().table(sort_by=key, row_limit=30, max_name_column_width=60)
+    if trainer.rank == 0:
+        print(table)
+
+
+# ---- the loop
 
 def train(s, preset, resume):
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device, out = choose_device(s, world), Path(s.out_dir)
-    cuda, say = device.startswith("cuda"), print if rank == 0 else lambda *a, **k: None
-    if rank == 0 and not resume and (out / "ckpt.pt").exists():
-        raise Trouble(f"{out} holds a run already: go on with it by --resume, or start another with --out-dir out/NAME")
-    if rank == 0 and preset in FACTS and s.data == PRESETS[preset].get("data", Settings.data) and not (Path(s.data) / "meta.json").exists():
-        prepare_data.make_facts(s.data, **FACTS[preset])
+    """A whole run -> its exit status: 0, or 130 if it was asked to stop and has saved."""
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = choose_device(s, world)
+    out = Path(s.out_dir)
+    has_checkpoint = (out / "ckpt.pt").exists()
+    if rank == 0 and not resume and has_checkpoint:
+        raise ValueError(f"{out} holds a run already: go on with it by --resume, or start another "
+                         f"with --out-dir out/NAME")
+    if rank == 0:
+        make_missing_data(s, preset)
     if world > 1:
         dist.barrier()
     meta = fit_to_data(s, world)
-    loader, val = Loader(s.data, "train", meta, s), Loader(s.data, "val", meta, s)
-    facts = dict(np.load(Path(s.data) / "recall.npz")) if "window" in meta else None
-
-    torch.manual_seed(s.seed)
-    torch.set_float32_matmul_precision("high")
-    ctx = torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext()
-    resume = resume and (out / "ckpt.pt").exists()  # a run that died before its first checkpoint starts again
-    P = s.mem_parallel or world
-    mesh = init_device_mesh(device.split(":")[0], (world // P, P), mesh_dim_names=("replica", "slice")) if world > 1 and s.ffn == "memory" else None
-    model, state = restore(out, meta, s, device, mesh) if resume else (GPT(s, mesh).to(device), dict(step=0, seconds=0.0))
-    optimizers, dense = model.make_optimizers(s)
-    if resume:
-        optimizers[0].load_state_dict(state["optimizer"])
-        if model.tables:
-            optimizers[1].load(state.pop("tables"), state["step"])
-    step, seconds, counts, flops = state["step"], state["seconds"], model.param_counts(), model.flops_per_token()
-    use_compile = cuda if s.compile is None else s.compile
-    net = torch.compile(model) if use_compile else model
-    if use_compile and model.tables:  # it would cut the graph into DDP's buckets, and the first part's backward find grad_sum changed by the second's
-        torch._dynamo.config.optimize_ddp = False
-    if world > 1:
-        warnings.filterwarnings("ignore", "`broadcast_buffers`")  # torch 2.13 calls it otherwise, 2.11 does not
-        net = torch.nn.parallel.DistributedDataParallel(net, device_ids=[device] if cuda else None, broadcast_buffers=False,
-                                                        init_sync=False)  # all ranks made, or loaded, the same; of a table each its part
-    micro = s.micro_batch_size or s.batch_size // world
-    accumulate, mine = s.batch_size // (micro * world), np.array_split(np.arange(s.batch_size), world)[rank]
-    tokens_per_step, read = s.batch_size * s.block_size, s.batch_size / loader.windows  # read: share of the corpus in a step
-    hardware = torch.cuda.get_device_name() if cuda else f"{device}, {torch.get_num_threads()} threads, {platform.machine()}"
-    peak = next((f * world for name, f in PEAK_FLOPS.items() if name in hardware), None)
+    facts = None
+    if "window" in meta:
+        facts = dict(np.load(Path(s.data) / "recall.npz"))
+    # A run that died before its first checkpoint starts again.
+    trainer = Trainer(s, meta, device, rank, world, resume and has_checkpoint)
+    hardware = describe_hardware(device)
     if rank == 0:
-        prepare_folder(out, s, step, hardware)
-    say(f"{preset} · {s.ffn} · seed {s.seed} · {hardware} x {world} · torch {torch.__version__} · compile {'on' if use_compile else 'off'}\n"
-        + (describe_backend(device) if s.ffn == "memory" else "no memory layers") + (f"; table in {P} slices" if mesh and P > 1 else "") + "\nparameters: "
-        + " + ".join(f"{counts[k]:,} {k}" for k in ("embedding", "dense", "half_keys", "values"))
-        + f" = {counts['total']:,}, active {counts['active']:,} · {flops:,} FLOPs per token\ndata: {s.data}, {len(loader.tokens):,} tokens; "
-        f"{s.max_steps} steps of {tokens_per_step:,} read it {s.max_steps * read:.2f} times" + (f" · resumed at step {step}" if resume else ""))
+        print(describe_run(trainer, preset, hardware))
+    if s.profile:
+        profile(trainer)
+        return 0
+    val = Loader(s.data, "val", meta, s)
+    model = trainer.model
+    flops = model.flops_per_token()
+    tokens_per_step = s.batch_size * s.block_size
+    read_per_step = s.batch_size / trainer.loader.windows  # share of the corpus
+    if rank == 0:
+        prepare_folder(out, s, trainer.first_step, hardware)
 
-    stop = []  # first Ctrl-C: finish the step, save, leave; second: leave. torchrun passes the first on, so that ranks get it twice at once
-    for sig in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sig, lambda *_: os._exit(130) if stop and time.monotonic() > stop[0] + 3 else stop.append(time.monotonic()))
-    first, since, mark, timed_steps, timed_seconds = step, step, time.perf_counter(), 0, 0.0
-    while step < s.max_steps:
-        last = step + 1 == s.max_steps
-        eval_now = last or (step + 1) % s.eval_every == 0
-        log_now = eval_now or (step + 1) % s.log_every == 0
-        torch.manual_seed(hash((s.seed, step, rank)))  # of dropout
-        for table in model.tables:
-            table.count(log_now or step == first)  # in the first step too: torch.compile then makes both graphs before anything is timed
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = group["peak"] * schedule(step, s)
-        loss = torch.zeros((), device=device)
-        for m in range(accumulate):
-            # (micro, T) both; pinned, so that nobody waits until they are copied
-            x, y = ((t.pin_memory() if cuda else t).to(device, non_blocking=True) for t in loader.batch(step, mine[m * micro:(m + 1) * micro]))
-            with net.no_sync() if world > 1 and m + 1 < accumulate else contextlib.nullcontext():
-                with ctx:
-                    part = net(x, y)[1] / accumulate
-                part.backward()
-            loss += part.detach()
-        norm = torch.nn.utils.clip_grad_norm_(dense, s.grad_clip)
-        optimizers[0].step()
-        norms = [norm, *(optimizer.step() for optimizer in optimizers[1:])]  # a table's optimizer clips by itself and says the norm
-        optimizers[0].zero_grad(set_to_none=True)
-        step += 1
-        if s.profile and step == first + 10:
-            [torch.ones(2**22) for _ in range(32)]  # its records break up freed memory: have enough, so that no step must ask for more
-            (profiler := torch.profiler.profile()).start()
-        if s.profile and step == first + 30:
-            profiler.stop()
-            say(profiler.key_averages().table(sort_by=f"self_{'cuda' if cuda else 'cpu'}_time_total", row_limit=30, max_name_column_width=60))
-            return 0
-        if not (log_now or step == first + 3 or (stop if world == 1 else step % 10 == 0)):  # ranks must stop at the same step
-            continue  # nothing below is needed, and nothing above waits for the device
+    stop = StopRequest()
+    watch = Stopwatch(trainer.seconds, trainer.first_step)
+    for step in range(trainer.first_step + 1, s.max_steps + 1):
+        is_last = step == s.max_steps
+        time_to_evaluate = is_last or step % s.eval_every == 0
+        time_to_log = time_to_evaluate or step % s.log_every == 0
+        # Counting takes another graph of torch.compile. Counting in the first step makes it
+        # before anything is timed.
+        is_first = step == trainer.first_step + 1
+        trainer.count_reads(time_to_log or is_first)
+        loss, norms = trainer.step(step - 1)
 
+        # Looking at the loss makes the CPU wait for the device, so we look only when something
+        # depends on it. Ranks must look at the same step, since they decide together.
+        warmed_up = step == trainer.first_step + 3
+        may_stop = bool(stop) if world == 1 else step % 10 == 0
+        if not (time_to_log or warmed_up or may_stop):
+            continue
         loss = sum_over_ranks(loss) / world
-        if not torch.isfinite(loss + sum(norms)):
-            raise Trouble(f"the loss is {loss.item():.3g} and the gradient norm {norm.item():.3g} at step {step}: lower --learning-rate "
-                          f"{s.learning_rate} or --value-lr {s.value_lr}; the last good checkpoint, if one was saved, is in {out}")
-        halt = sum_over_ranks(torch.tensor(float(len(stop)), device=device)).item() > 0 and not last
-        lap, steps = time.perf_counter() - mark, step - since
-        seconds += lap
-        if since > first or last:  # the first three steps compile and warm up: they are no measure of speed
-            timed_steps, timed_seconds = timed_steps + steps, timed_seconds + lap
-        if log_now:
-            used, kl = usage(model)
-            line = dict(step=step, tokens=step * tokens_per_step, seconds=round(seconds, 3), loss=loss.item(), norm=norm.item(),
-                        lr=s.learning_rate * schedule(step - 1, s), memory_usage=used, memory_kl=kl)
-            rate = tokens_per_step * steps / lap
-            say(f"step {step:6d} {100 * step / s.max_steps:3.0f}% · loss {line['loss']:.4f} · lr {line['lr']:.1e} · norm {line['norm']:.2f} · "
-                f"{1e3 * lap / steps:.0f} ms · {rate:,.0f} tok/s" + (f" · MFU {100 * rate * flops / peak:.0f}%" if peak else "")
-                + (f" · slots used {100 * used:.0f}% KL {kl:.2f}" if model.tables else "")
-                + f" · {lap / steps * (s.max_steps - step) / 60:.1f} min left", flush=True)
-        if eval_now:
-            line["val_loss"] = evaluate(model, val, s.eval_windows, ctx, rank, world)
-            known = ask_facts(model, facts, meta, step * read, rank, world, None if last else 2000) if facts else {}
-            line |= {k: v for k, v in known.items() if k == "recall"}
-            say(f"            evaluation · val loss {line['val_loss']:.4f}" + (f" · recall {line['recall']:.3f}" if facts else ""), flush=True)
-        if rank == 0 and log_now:
+        check_finite(loss, norms, step, s)
+        halt = somebody_wants(stop, device) and not is_last
+        seconds_per_step = watch.lap(step, is_last)
+
+        if time_to_log:
+            share, kl = usage(model)
+            line = dict(step=step, tokens=step * tokens_per_step, seconds=round(watch.seconds, 3),
+                        loss=loss.item(), norm=norms[0].item(),
+                        lr=s.learning_rate * schedule(step - 1, s),
+                        memory_usage=share, memory_kl=kl)
+            if rank == 0:
+                print(log_text(line, s, seconds_per_step, flops, peak_flops(hardware, world)),
+                      flush=True)
+        if time_to_evaluate:
+            line["val_loss"] = evaluate(model, val, s.eval_windows, trainer.ctx, rank, world)
+            known = {}
+            if facts:
+                count = None if is_last else 2000
+                known = ask_facts(model, facts, meta, step * read_per_step, rank, world, count)
+                line["recall"] = known["recall"]
+            if rank == 0:
+                print(evaluation_text(line), flush=True)
+        if time_to_log and rank == 0:
             with open(out / "log.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps(line) + "\n")
-        if (eval_now or halt) and not last:
-            model.save(out, optimizers, write_whole, step, seconds, dataclasses.asdict(s))
+        if (time_to_evaluate or halt) and not is_last:
+            trainer.save(step, watch.seconds)
         if halt:
-            say(f"stopped at step {step} and saved: go on with --resume --out-dir {out}")
+            if rank == 0:
+                print(f"stopped at step {step} and saved: go on with --resume --out-dir {out}")
             return 130
-        since, mark = step, time.perf_counter()
+        watch.go_on(step)
 
-    result = dict(seed=s.seed, ffn=s.ffn, tokens=step * tokens_per_step, seconds=seconds, tokens_per_s=tokens_per_step * timed_steps / timed_seconds,
-                  flops_per_token=flops, params=counts, peak_memory_bytes=peak_memory(device), val_loss=line["val_loss"], memory_usage=used,
-                  memory_kl=kl) | known
-    if rank == 0:
-        write_json(out / "result.json", result)
-        draw([out], out / "curves.png")
-    model.save(out, optimizers, write_whole, step, seconds, dataclasses.asdict(s))  # the last thing: a run that died before it finishes again on --resume
-    say(report(result) + f"\nsaved in {out}: ckpt.pt, result.json, curves.png")
+    finish(trainer, watch, line, known)
     return 0
 
 
+def finish(trainer, watch, line, known):
+    """Write result.json, curves.png and the last checkpoint, and print the report.
+
+    line: of the last step, as in log.jsonl. known: what ask_facts said after it.
+    """
+    s = trainer.s
+    out = Path(s.out_dir)
+    result = dict(
+        seed=s.seed, ffn=s.ffn, tokens=line["tokens"], seconds=watch.seconds,
+        tokens_per_s=s.batch_size * s.block_size * watch.timed_steps / watch.timed_seconds,
+        flops_per_token=trainer.model.flops_per_token(), params=trainer.model.param_counts(),
+        peak_memory_bytes=peak_memory(trainer.device), val_loss=line["val_loss"],
+        memory_usage=line["memory_usage"], memory_kl=line["memory_kl"], **known)
+    if trainer.rank == 0:
+        write_json(out / "result.json", result)
+        draw([out], out / "curves.png")
+    # The last thing: a run that dies before it finishes again on --resume.
+    trainer.save(line["step"], watch.seconds)
+    if trainer.rank == 0:
+        print(report(result) + f"\nsaved in {out}: ckpt.pt, result.json, curves.png")
+
+
+def make_missing_data(s, preset):
+    """Make the corpus of a facts preset, unless it is there or --data names another."""
+    default = PRESETS[preset].get("data", Settings.data)
+    if preset in FACTS and s.data == default and not (Path(s.data) / "meta.json").exists():
+        prepare_data.make_facts(s.data, **FACTS[preset])
+
+
+def check_finite(loss, norms, step, s):
+    if not torch.isfinite(loss + sum(norms)):
+        raise ValueError(f"the loss is {loss.item():.3g} and the gradient norm "
+                         f"{norms[0].item():.3g} at step {step}: lower --learning-rate "
+                         f"{s.learning_rate} or --value-lr {s.value_lr}; the last good checkpoint, "
+                         f"if one was saved, is in {s.out_dir}")
+
+
+def somebody_wants(stop, device):
+    """Whether any rank was asked to stop."""
+    return sum_over_ranks(torch.tensor(float(bool(stop)), device=device)).item() > 0
+
+
+# ---- what a run prints
+
+def describe_hardware(device):
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    return f"{device}, {torch.get_num_threads()} threads, {platform.machine()}"
+
+
+def peak_flops(hardware, world):
+    """Peak FLOP/s of all ranks, or None for hardware that is not in the table."""
+    for name, peak in PEAK_FLOPS.items():
+        if name in hardware:
+            return peak * world
+    return None
+
+
+def describe_run(trainer, preset, hardware):
+    """The first lines of a run."""
+    s = trainer.s
+    model = trainer.model
+    counts = model.param_counts()
+    compiled = "on" if trainer.compiled else "off"
+    memory = "no memory layers"
+    if model.tables:
+        memory = kernel.describe_backend(trainer.device)
+        if trainer.P > 1:
+            memory += f"; table in {trainer.P} slices"
+    parts = " + ".join(f"{counts[name]:,} {name}"
+                       for name in ("embedding", "dense", "half_keys", "values"))
+    epochs = s.max_steps * s.batch_size / trainer.loader.windows
+    tokens = f"{len(trainer.loader.tokens):,} tokens"
+    lines = [
+        f"{preset} · {s.ffn} · seed {s.seed} · {hardware} x {trainer.world} · "
+        f"torch {torch.__version__} · compile {compiled}",
+        memory,
+        f"parameters: {parts} = {counts['total']:,}, active {counts['active']:,} · "
+        f"{model.flops_per_token():,} FLOPs per token",
+        f"data: {s.data}, {tokens}; {s.max_steps} steps of {s.batch_size * s.block_size:,} "
+        f"read it {epochs:.2f} times",
+    ]
+    if trainer.first_step:
+        lines[-1] += f" · resumed at step {trainer.first_step}"
+    return "\n".join(lines)
+
+
+def log_text(line, s, seconds_per_step, flops, peak):
+    """The line of a step. line: what log.jsonl gets; peak: FLOP/s of the hardware or None."""
+    step = line["step"]
+    rate = s.batch_size * s.block_size / seconds_per_step  # tokens per second
+    minutes_left = seconds_per_step * (s.max_steps - step) / 60
+    parts = [f"step {step:6d} {100 * step / s.max_steps:3.0f}%",
+             f"loss {line['loss']:.4f}", f"lr {line['lr']:.1e}", f"norm {line['norm']:.2f}",
+             f"{1e3 * seconds_per_step:.0f} ms", f"{rate:,.0f} tok/s"]
+    if peak:
+        parts.append(f"MFU {100 * rate * flops / peak:.0f}%")
+    if line["memory_usage"] is not None:
+        parts.append(f"slots used {100 * line['memory_usage']:.0f}% KL {line['memory_kl']:.2f}")
+    parts.append(f"{minutes_left:.1f} min left")
+    return " · ".join(parts)
+
+
+def evaluation_text(line):
+    parts = [" " * 11 + " evaluation", f"val loss {line['val_loss']:.4f}"]
+    if "recall" in line:
+        parts.append(f"recall {line['recall']:.3f}")
+    return " · ".join(parts)
+
+
 def main(argv=None):
+    """The command line -> the exit status. What the user can mend is one line on stderr."""
     try:
         s, preset, resume, runs = read_settings(argv)
-        return compare(runs) if runs else train(s, preset, resume)
+        if runs:
+            compare(runs)
+            return 0
+        return train(s, preset, resume)
     except torch.OutOfMemoryError as e:
-        message = f"out of memory ({str(e).splitlines()[0]}): lower --micro-batch-size, --block-size or --mem-n-keys"
-    except (Trouble, OSError) as e:
+        why = str(e).splitlines()[0]
+        message = (f"out of memory ({why}): "
+                   f"lower --micro-batch-size, --block-size or --mem-n-keys")
+    except (ValueError, OSError) as e:
         message = str(e)
     except RuntimeError as e:
-        if not (isinstance(e, dist.DistError) or "gloo" in str(e)):
+        is_lost_rank = isinstance(e, dist.DistError) or "gloo" in str(e)
+        if not is_lost_rank:
             raise
-        message = (f"rank {os.environ['RANK']} lost the others: one has stopped, and may say why ({str(e).splitlines()[0][:200]}); start all again with "
-                   f"--resume and the same --out-dir to go on from the last checkpoint")
+        why = str(e).splitlines()[0][:200]
+        message = (f"rank {os.environ['RANK']} lost the others: one has stopped, and may say why "
+                   f"({why}); start all again with --resume and the same --out-dir to go on from "
+                   f"the last checkpoint")
     print("train.py: " + " ".join(message.split()), file=sys.stderr)
     return 1
 
 
 if __name__ == "__main__":
     code = main()
-    if "RANK" in os.environ:  # under torchrun: gloo's threads now and then abort a finished process while it is taken down; all is written
+    if "RANK" in os.environ:
+        # Under torchrun gloo's threads now and then abort a finished process while it is taken
+        # down. All is written by now.
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)

@@ -1,3 +1,4 @@
+"""What all tests share: the import path, one thread, a tiny corpus of facts."""
 import sys
 from pathlib import Path
 
@@ -8,8 +9,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 torch.set_num_threads(1)
 
 
-def pytest_configure(config):  # pytest sets aside what kernel.py ignores
-    config.addinivalue_line("filterwarnings", "ignore:Sparse (CSR tensor support|invariant checks)")
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", "slow: takes more than two seconds; leave these out with -m 'not slow'")
+    # kernel.py ignores these warnings, and pytest turns all warnings on again.
+    config.addinivalue_line(
+        "filterwarnings", "ignore:Sparse (CSR tensor support|invariant checks)")
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,13 @@
 """The GPT: what a token may see, what is shared, what is counted, and generation with a cache against generation without."""
-import dataclasses
 import math
-import os
 
 import numpy as np
 import pytest
 import torch
 
-from memory import MemoryTable, TableAdamW
-from model import GPT, GPTConfig, Trouble, pick_device, rotary, rotate, sample_token
+from memory import MemoryTable
+from model import GPT, GPTConfig, rotary, rotate, sample_token
+from train import TableAdamW
 
 MEMORY = dict(ffn="memory", mem_layers=(1,), mem_n_keys=6, mem_heads=2, mem_topk=3, mem_gate=False, qk_norm=False)
 PLUS = MEMORY | dict(mem_layers=(0, 2), mem_gate=True, qk_norm=True)
@@ -99,6 +98,7 @@ def test_gradients_against_finite_differences(kind, monkeypatch):
         assert p.grad.norm() > 1e-6 and abs(slope - want) < 1e-5 * p.grad.norm() * step.norm() / p.numel() ** 0.5, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dense", "Memory+"])
 def test_compiles_without_graph_break(kind):
     torch._dynamo.reset()
@@ -260,40 +260,49 @@ def test_loss_starts_at_log_v(kind):
 # ---------------------------------------------------------------------------------------------------------------------------------
 # settings
 
-@pytest.mark.parametrize("settings, words", [
-    (dict(vocab_size=0), ["vocab_size 0 < 1"]),
-    (dict(block_size=0), ["block_size 0 < 1"]),
-    (dict(n_layer=0), ["n_layer 0 < 1"]),
-    (dict(n_head=0), ["n_head 0 < 1"]),
-    (dict(n_embd=-4), ["n_embd -4 < 1"]),
-    (dict(dropout=1.0), ["dropout 1.0", "[0, 1)"]),
-    (dict(dropout=-0.1), ["dropout -0.1", "[0, 1)"]),
-    (dict(n_embd=18, n_head=4), ["n_embd 18", "2 * n_head = 8"]),
-    (dict(n_embd=6, n_head=2), ["n_embd 6", "2 * n_head = 4"]),             # heads of size 3 have no pairs to rotate
-    (dict(ffn="sparse"), ["ffn 'sparse'", "dense", "memory"]),
-    (MEMORY | dict(mem_n_keys=0), ["mem_n_keys 0 < 1"]),
-    (MEMORY | dict(mem_dtype="float16"), ["mem_dtype 'float16'", "float32", "bfloat16"]),
-    (MEMORY | dict(mem_heads=0), ["mem_heads 0 < 1"]),
-    (MEMORY | dict(mem_topk=0), ["mem_topk 0 < 1"]),
-    (MEMORY | dict(mem_topk=7), ["mem_topk 7 > 6 half-keys"]),
-    (MEMORY | dict(mem_value_dim=-1), ["mem_value_dim -1 < 0"]),
-    (MEMORY | dict(mem_layers=()), ["mem_layers is empty", "dense"]),
-    (MEMORY | dict(mem_layers=(1, 1)), ["mem_layers (1, 1)", "twice"]),
-    (MEMORY | dict(mem_layers=(0, 3)), ["mem_layers 3", "0..2"]),
-    (MEMORY | dict(mem_layers=(-1,)), ["mem_layers -1", "0..2"]),
-    (MEMORY | dict(mem_key_dim=7), ["mem_key_dim 7", "even"]),
-    (MEMORY | dict(mem_key_dim=-2), ["mem_key_dim -2", ">= 2"]),
-    (MEMORY | dict(n_embd=12, mem_key_dim=0, n_head=2, mem_n_keys=46341), ["mem_n_keys 46341", str(46341**2), "2^31"]),
-    (MEMORY | dict(n_embd=2, n_head=1), ["mem_key_dim 1", "even"]),         # the default, n_embd / 2
-], ids=lambda x: x[0] if isinstance(x, list) else "")
+BAD_SETTINGS = [
+    (dict(vocab_size=0), ["--vocab-size 0 < 1"]),
+    (dict(block_size=0), ["--block-size 0 < 1"]),
+    (dict(n_layer=0), ["--n-layer 0 < 1"]),
+    (dict(n_head=0), ["--n-head 0 < 1"]),
+    (dict(n_embd=-4), ["--n-embd -4 < 1"]),
+    (dict(dropout=1.0), ["--dropout 1.0", "[0, 1)"]),
+    (dict(dropout=-0.1), ["--dropout -0.1", "[0, 1)"]),
+    (dict(n_embd=18, n_head=4), ["--n-embd 18", "2 * --n-head = 8"]),
+    # Heads of size 3 have no pairs to rotate.
+    (dict(n_embd=6, n_head=2), ["--n-embd 6", "2 * --n-head = 4"]),
+    (dict(ffn="sparse"), ["--ffn sparse", "dense", "memory"]),
+    (MEMORY | dict(mem_n_keys=0), ["--mem-n-keys 0 < 1"]),
+    (MEMORY | dict(mem_dtype="float16"), ["--mem-dtype float16", "float32", "bfloat16"]),
+    (MEMORY | dict(mem_heads=0), ["--mem-heads 0 < 1"]),
+    (MEMORY | dict(mem_topk=0), ["--mem-topk 0 < 1"]),
+    (MEMORY | dict(mem_topk=7), ["--mem-topk 7 > 6 half-keys"]),
+    (MEMORY | dict(mem_value_dim=-1), ["--mem-value-dim -1 < 0"]),
+    (MEMORY | dict(mem_layers=()), ["--mem-layers is empty", "dense"]),
+    (MEMORY | dict(mem_layers=(1, 1)), ["--mem-layers (1, 1)", "twice"]),
+    (MEMORY | dict(mem_layers=(0, 3)), ["--mem-layers 3", "0..2"]),
+    (MEMORY | dict(mem_layers=(-1,)), ["--mem-layers -1", "0..2"]),
+    (MEMORY | dict(mem_key_dim=7), ["--mem-key-dim 7", "even"]),
+    (MEMORY | dict(mem_key_dim=-2), ["--mem-key-dim -2", ">= 2"]),
+    (MEMORY | dict(n_embd=12, mem_key_dim=0, n_head=2, mem_n_keys=46341),
+     ["--mem-n-keys 46341", str(46341**2), "2^31"]),
+    # The default key dim, n_embd / 2, is odd.
+    (MEMORY | dict(n_embd=2, n_head=1), ["--mem-key-dim 1", "even"]),
+]
+
+
+@pytest.mark.parametrize("settings, words", BAD_SETTINGS, ids=str)
 def test_bad_settings_are_named(settings, words):
-    with pytest.raises(ValueError) as e:
-        GPTConfig(**dict(n_layer=3, n_head=2, n_embd=16) | settings).check()
-    assert "\n" not in str(e.value) and all(word in str(e.value) for word in words), e.value
+    config = GPTConfig(**dict(n_layer=3, n_head=2, n_embd=16) | settings)
+    with pytest.raises(ValueError) as error:
+        config.check()
+    message = str(error.value)
+    assert "\n" not in message
+    assert all(word in message for word in words), message
 
 
 def test_a_model_checks_its_settings():
-    with pytest.raises(ValueError, match="mem_topk 7 > 6 half-keys"):
+    with pytest.raises(ValueError, match="--mem-topk 7 > 6 half-keys"):
         make_model(**MEMORY | dict(mem_topk=7))
 
 
@@ -410,81 +419,3 @@ def test_answer_drops_nothing_out():
     for training in (True, False):
         model.train(training)
         assert (model.answer(windows, spans)[1] == model.answer(windows, spans)[1]).all() and model.training == training
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------
-# checkpoints
-
-def save(gpt, folder, **changes):
-    settings = dataclasses.asdict(gpt.config) | dict(seed=7)                # settings of the training ride along
-    dense = {k: v for k, v in gpt.state_dict().items() if not k.endswith(".values")}
-    torch.save(dict(model=dense, tables=[dict(values=t.values.detach()) for t in gpt.tables], slices=[], settings=settings, optimizer={}, step=3,
-                    seconds=1.0) | changes, folder / "ckpt.pt")
-
-
-@each_kind
-def test_load(kind, tmp_path):
-    model, idx = make_model(**kind), tokens(2, 9)
-    save(model, tmp_path)
-    for folder in (tmp_path, str(tmp_path)):
-        loaded, state = GPT.load(folder)
-        assert loaded.config == model.config and state["step"] == 3 and state["settings"]["seed"] == 7
-        assert torch.equal(loaded(idx)[0], model(idx)[0]) and loaded.head.weight is loaded.wte.weight
-
-
-def truncate(model, folder):
-    save(model, folder)
-    whole = (folder / "ckpt.pt").read_bytes()
-    (folder / "ckpt.pt").write_bytes(whole[:len(whole) // 2])
-
-
-@pytest.mark.parametrize("spoil", [
-    truncate,
-    lambda model, folder: (folder / "ckpt.pt").write_bytes(b""),
-    lambda model, folder: (folder / "ckpt.pt").write_text("this is no checkpoint\n"),
-    lambda model, folder: (folder / "ckpt.pt").mkdir(),
-    lambda model, folder: torch.save([1, 2, 3], folder / "ckpt.pt"),
-    lambda model, folder: torch.save(model, folder / "ckpt.pt"),            # a pickled module
-    lambda model, folder: torch.save(dict(model=model.state_dict()), folder / "ckpt.pt"),
-    lambda model, folder: save(model, folder, settings={"n_layer": 3}),
-    lambda model, folder: save(model, folder, settings=dataclasses.asdict(model.config) | dict(n_embd=32)),
-    lambda model, folder: save(model, folder, settings=dataclasses.asdict(model.config) | dict(n_embd="wide")),
-    lambda model, folder: save(model, folder, settings=dataclasses.asdict(model.config) | dict(mem_topk=9)),
-    lambda model, folder: save(model, folder, model={}),
-], ids=["truncated", "empty", "text", "folder", "list", "module", "weights alone", "few settings", "other sizes", "foreign type", "bad setting", "no weights"])
-def test_load_refuses_what_is_no_checkpoint(spoil, tmp_path):
-    spoil(make_model(**PLUS), tmp_path)
-    with pytest.raises(ValueError) as e:
-        GPT.load(tmp_path)
-    assert str(tmp_path / "ckpt.pt") in str(e.value) and "not a whole checkpoint" in str(e.value) and "\n" not in str(e.value)
-
-
-class Attack:
-    """A pickle that runs code when it is read."""
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-def test_load_runs_no_code(tmp_path):
-    save(make_model(), tmp_path, optimizer=Attack(tmp_path / "attacked"))
-    with pytest.raises(ValueError, match="not a whole checkpoint"):
-        GPT.load(tmp_path)
-    assert not (tmp_path / "attacked").exists()
-
-
-def test_load_refuses_a_folder_without_checkpoint(tmp_path):
-    for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(ValueError, match="ckpt.pt does not exist: give the folder of a run"):
-            GPT.load(folder)
-
-
-def test_pick_device(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert [pick_device(name) for name in ("auto", "cuda", "cuda:1", "cpu")] == ["cuda", "cuda", "cuda:1", "cpu"]
-    for name in ("cuda:2", "cuda:x", "tpu"):
-        with pytest.raises(Trouble, match=f"--device {name} is not to be had on this machine: use --device cuda$"):
-            pick_device(name)

@@ -1,168 +1,350 @@
-"""prepare_data.py: what it writes is what was said, whatever the network, the disk and the user do."""
-import gzip, hashlib, http.server, io, json, os, random, re, signal, subprocess, sys, tarfile, threading, time, types
+"""prepare_data.py writes what it promises, whatever the network, the disk and the user do.
+
+The parts, from top to bottom: tokenizers, facts, text, the network, everything else that can fail.
+"""
+import contextlib
+import gzip
+import hashlib
+import http.server
+import io
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import types
 from pathlib import Path
+
 import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-import prepare_data as pd
+import prepare_data as pd  # noqa: E402 (only now it can be found)
 
+# Real text and the gpt2 vocabulary. They are not part of the repository, and tests that need them
+# are skipped without them.
 SAMPLES = Path(__file__).parents[2] / "shared" / "data"
 OWT = SAMPLES / "openwebtext/openwebtext_1000docs.txt"
 with_samples = pytest.mark.skipif(not OWT.exists(), reason="no sample data here")
 GPT2 = pytest.param("gpt2", marks=with_samples)
 
+
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch, tmp_path):
-    for name in "HF_ENDPOINT HF_TOKEN http_proxy https_proxy all_proxy HTTP_PROXY HTTPS_PROXY ALL_PROXY".split():
+    """Each test runs in an empty folder, without the user's proxies, tokens and passwords."""
+    for name in ["HF_ENDPOINT", "HF_TOKEN", "NETRC"]:
         monkeypatch.delenv(name, raising=False)
+    for name in ["http_proxy", "https_proxy", "all_proxy"]:
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
     if SAMPLES.exists():
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SAMPLES / "tiktoken_cache"))
     monkeypatch.chdir(tmp_path)
 
+
 def run(line, **env):
+    """Run a command line in a process of its own."""
     command = [sys.executable, str(ROOT / "prepare_data.py"), *line.split()]
     return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True)
 
+
 def main(line):
-    pd.main(line.split())
+    """Run a command line that must succeed."""
+    assert pd.main(line.split()) == 0
+
 
 def complaint(line):
-    """What the program dies of, in one line."""
-    with pytest.raises(SystemExit) as error:
-        main(line)
-    assert re.fullmatch("prepare_data.py: .+", str(error.value.code)), error.value.code
-    return error.value.code
+    """Run a command line that must fail, with one line on stderr. Returns that line."""
+    stderr = io.StringIO()
+    with contextlib.redirect_stderr(stderr):
+        assert pd.main(line.split()) == 1
+    assert re.fullmatch("prepare_data.py: .+\n", stderr.getvalue()), stderr.getvalue()
+    return stderr.getvalue().strip()
+
 
 def tokens(folder, split):
     return np.fromfile(Path(folder) / f"{split}.bin", "<u2")
 
+
 def texts(folder, split):
-    """The documents of a .bin, decoded."""
-    tok, ids = pd.load_tokenizer(folder), tokens(folder, split)
-    return [tok.decode(one[:-1].tolist()) for one in np.split(ids, np.flatnonzero(ids == tok.eot) + 1)[:-1]]
+    """The documents of a .bin file, decoded."""
+    tok = pd.load_tokenizer(folder)
+    ids = tokens(folder, split)
+    after_eot = np.flatnonzero(ids == tok.eot) + 1
+    *documents, rest = np.split(ids, after_eot)
+    assert len(rest) == 0  # the file ends with eot
+    return [tok.decode(document[:-1].tolist()) for document in documents]
+
+
+def read_meta(folder):
+    return json.loads((Path(folder) / "meta.json").read_text("utf-8"))
+
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
-# tokenizers
 
-NASTY = "Ada wrote <|endoftext|>, “naïve” — 3.5 €!\n\n  def f(x):\treturn x\n你好，世界。हिन्दी\u2028ok 👩‍🚀"
+# ---- tokenizers
+
+NASTY = ("Ada wrote <|endoftext|>, “naïve” — 3.5 €!\n\n  def f(x):\treturn x\n"
+         "你好，世界。हिन्दी\u2028ok 👩‍🚀")
+
 
 @pytest.mark.parametrize("name", ["bytes", "words", GPT2])
 def test_tokenizers_lose_nothing(name):
-    tok = pd.make_tokenizer(name, [" Ada", " wrote", "\n\n"] if name == "words" else ())
+    words = [" Ada", " wrote", "\n\n"] if name == "words" else ()
+    tok = pd.make_tokenizer(name, words)
     ids = tok.encode(NASTY)
-    assert tok.decode(ids) == NASTY and max(ids) < tok.eot == tok.vocab_size - 1 and tok.encode("") == []
+    assert tok.decode(ids) == NASTY
+    assert max(ids) < tok.eot == tok.vocab_size - 1  # the text <|endoftext|> is not eot
+    assert tok.encode("") == []
+
+    # A saved tokenizer is the same tokenizer.
     Path("d").mkdir()
     pd.write_meta(Path("d"), tok, {})
     again = pd.load_tokenizer("d")
-    assert again.encode(NASTY) == ids and (again.eot, again.vocab_size, again.name) == (tok.eot, tok.vocab_size, name)
+    assert again.encode(NASTY) == ids
+    assert (again.eot, again.vocab_size, again.name) == (tok.eot, tok.vocab_size, name)
+
+
+@pytest.mark.parametrize("name", ["bytes", "words", GPT2])
+def test_encode_to_numpy_is_encode(name):
+    tok = pd.make_tokenizer(name, [" Ada"] if name == "words" else ())
+    for text in NASTY, "Ada", " " * pd.PIECE, "":
+        ids = tok.encode_to_numpy(text)
+        assert ids.dtype == np.dtype("<u2")
+        assert ids.tolist() == tok.encode(text)
+
+
+@with_samples
+def test_gpt2_is_tiktokens():
+    import tiktoken
+    tok = pd.make_tokenizer("gpt2")
+    theirs = tiktoken.get_encoding("gpt2")
+    assert tok.eot == theirs.eot_token
+    assert tok.tokens == [theirs.decode_single_token_bytes(i) for i in range(tok.eot)]
+    text = NASTY + OWT.read_text("utf-8")[:500_000]
+    assert tok.encode(text) == theirs.encode_ordinary(text)
+
 
 def test_words():
     tok = pd.make_tokenizer("words", [" Ada"])
-    assert tok.encode("Ada") == tok.encode(" Ada") == [256] and tok.encode("Ada, Ada") == [256, ord(","), 256]
-    found = [[("train", "b a a c b a", True)], [("train", "c d " + "x" * 64, True), ("val", "d d d d", True)]]
-    assert pd.frequent_words(found, 259) == [" a", " b"] and pd.frequent_words(found, 999) == [" a", " b", " c", " d"]
-    words = pd.frequent_words([[("train", NASTY, True)]], 8192)             # Python cuts as tiktoken does: every word found is one token
+    assert tok.encode("Ada") == tok.encode(" Ada") == [256]  # the first word has its space, too
+    assert tok.encode("Ada, Ada") == [256, ord(","), 256]
+
+
+def test_frequent_words():
+    too_long = "x" * 64  # with the space before it, 65 bytes
+    found = [[("train", "b a a c b a", True)],
+             [("train", "c d " + too_long, True), ("val", "d d d d", True)]]
+    assert pd.frequent_words(found, 257 + 2) == [" a", " b"]
+    assert pd.frequent_words(found, 999) == [" a", " b", " c", " d"]  # ties: by the alphabet
+
+    # Python's regex engine cuts as tiktoken's does, so each word that it finds is one token.
+    words = pd.frequent_words([[("train", NASTY, True)]], 8192)
     assert {"हिन्दी", "世界", " “", " 3", " wrote"} <= set(words)
     tok = pd.make_tokenizer("words", words)
-    assert [tok.tiktoken.encode_ordinary(word) for word in words] == [[256 + i] for i in range(len(words))]
+    for i, word in enumerate(words):
+        assert tok.tiktoken.encode_ordinary(word) == [256 + i]
 
-# facts
 
-SMALL = "--people 60 --control 20 --relations 8 --answers 100 --documents 8000 --val-documents 500"
+# ---- facts
+
+SMALL = ("--people 60 --control 20 --relations 8 --answers 100 --documents 8000 "
+         "--val-documents 500")
+
 
 @pytest.fixture(scope="module")
 def facts(tmp_path_factory):
+    """A small corpus of facts: what prepare_data.py wrote, read back."""
     out = tmp_path_factory.mktemp("facts") / "small"
     main(f"facts --out {out} {SMALL}")
-    meta, tok = json.loads((out / "meta.json").read_text()), pd.load_tokenizer(out)
-    return types.SimpleNamespace(out=out, meta=meta, tok=tok, recall=np.load(out / "recall.npz"), w=meta["window"],
-                                 train=tokens(out, "train"), val=tokens(out, "val"))
+    meta = read_meta(out)
+    return types.SimpleNamespace(
+        out=out, meta=meta, window=meta["window"], tok=pd.load_tokenizer(out),
+        recall=np.load(out / "recall.npz"), train=tokens(out, "train"), val=tokens(out, "val"))
 
-SAID = [(relation, phrasing, re.compile(re.escape(template).replace(r"\{\}", "(.+)", 1).replace(r"\{\}", "(.+)")))
-        for relation, (_, *phrasings) in enumerate(pd.RELATIONS) for phrasing, template in enumerate(phrasings)]
+
+def phrasing_patterns():
+    """A list of (relation, phrasing, compiled pattern with a group for the name and the answer)."""
+    patterns = []
+    for relation, (_, *phrasings) in enumerate(pd.RELATIONS):
+        for phrasing, template in enumerate(phrasings):
+            pattern = re.escape(template).replace(r"\{\}", "(.+)")
+            patterns.append((relation, phrasing, re.compile(pattern)))
+    return patterns
+
+
+PATTERNS = phrasing_patterns()
+
 
 def parsed(tok, window):
-    """A window read back with nothing but the templates: (name, relation, phrasing, answer)."""
-    text = tok.decode([int(i) for i in window if i != tok.eot])
-    (found,) = [(match[1], relation, phrasing, match[2]) for relation, phrasing, template in SAID
-                if (match := template.fullmatch(text)) and match[2] in pd.RELATIONS[relation][0] and len(match[1].split()) == 2]
-    return found
+    """Read a window with nothing but the templates. Returns (name, relation, phrasing, answer)."""
+    text = tok.decode([int(token) for token in window if token != tok.eot])
+    readings = []
+    for relation, phrasing, pattern in PATTERNS:
+        match = pattern.fullmatch(text)
+        if not match:
+            continue
+        name, answer = match.groups()
+        answers = pd.RELATIONS[relation][0]
+        if answer in answers and len(name.split()) == 2:
+            readings.append((name, relation, phrasing, answer))
+    (reading,) = readings  # there is one, and only one
+    return reading
+
 
 def test_relations():
-    pools = [pd.FIRST_NAMES, pd.LAST_NAMES, *[known for known, *_ in pd.RELATIONS]]
-    everything = [word for pool in pools for word in pool]
-    assert len(set(everything)) == len(everything) and all(len(pool) >= 100 for pool in pools) and len(pd.RELATIONS) == 8
-    assert all(re.fullmatch("[A-Za-z]+", word) for word in everything)
+    pools = [pd.FIRST_NAMES, pd.LAST_NAMES]
+    pools += [answers for answers, *_ in pd.RELATIONS]
+    assert len(pd.RELATIONS) == 8
+    assert all(len(pool) >= 100 for pool in pools)
+    words = [word for pool in pools for word in pool]
+    assert len(set(words)) == len(words)  # no word has two meanings
+    assert all(re.fullmatch("[A-Za-z]+", word) for word in words)
     for _, *phrasings in pd.RELATIONS:
-        words = [set(one.rstrip(".").split()) for one in phrasings]
-        assert len(set(phrasings)) == 5 and words[4] <= set.union(*words[:4])                        # no word of the fifth is new
-        assert all(one.endswith("{}.") and len(one.split()) + 3 <= 10 for one in phrasings)          # + eot, the last name, "."
+        assert len(set(phrasings)) == 5
+        *trained, held_out = [set(phrasing.rstrip(".").split()) for phrasing in phrasings]
+        assert held_out <= set.union(*trained)  # all its words are in the training text
+        for phrasing in phrasings:
+            assert phrasing.endswith("{}.")
+            # eot, the second name and the full stop make three more tokens
+            assert len(phrasing.split()) + 3 <= 10
+
 
 def test_facts_layout(facts):
-    meta, w = facts.meta, facts.w
-    assert w <= 10 and (meta["people"], meta["control_people"], meta["relations"], meta["answers"]) == (60, 20, 8, 100)
-    assert (meta["dtype"], meta["tokenizer"], meta["vocab_size"], meta["eot"]) == ("uint16", "words", facts.tok.vocab_size, facts.tok.eot)
+    meta = facts.meta
+    eot = facts.tok.eot
+    assert facts.window <= 10
+    assert (meta["people"], meta["control_people"]) == (60, 20)
+    assert (meta["relations"], meta["answers"]) == (8, 100)
+    assert (meta["dtype"], meta["tokenizer"]) == ("uint16", "words")
+    assert (meta["vocab_size"], meta["eot"]) == (facts.tok.vocab_size, eot)
     for split, ids, count in ("train", facts.train, 8000), ("val", facts.val, 500):
-        assert len(ids) == count * w + 1 == meta["tokens"][split] and meta["documents"][split] == count and ids[-1] == facts.tok.eot
-        assert hashlib.sha256(ids.tobytes()).hexdigest() == meta["sha256"][f"{split}.bin"]
-        windows = ids[:-1].reshape(count, w)
-        is_eot, full_stop = windows == facts.tok.eot, windows == ord(".")
-        assert is_eot[:, 0].all() and not is_eot[:, -1].all() and (full_stop.sum(1) == 1).all()      # no window wider than needed
-        assert (full_stop.argmax(1) == w - is_eot.sum(1)).all()                                      # after the full stop only eot
-    assert set(contents(facts.out)) == {"train.bin", "val.bin", "tokenizer.tiktoken", "meta.json", "recall.npz"}
+        assert meta["documents"][split] == count
+        assert meta["tokens"][split] == len(ids) == count * facts.window + 1
+        assert meta["sha256"][f"{split}.bin"] == hashlib.sha256(ids.tobytes()).hexdigest()
+        assert ids[-1] == eot
+        # Each window: eot, a sentence with one full stop at its end, and then only eot.
+        windows = ids[:-1].reshape(count, facts.window)
+        is_eot = windows == eot
+        is_stop = windows == ord(".")
+        assert is_eot[:, 0].all()
+        assert (is_stop.sum(1) == 1).all()
+        assert (is_stop.argmax(1) == facts.window - is_eot.sum(1)).all()
+        assert not is_eot[:, -1].all()  # no window is wider than the longest sentence needs
+    names = {"train.bin", "val.bin", "tokenizer.tiktoken", "meta.json", "recall.npz"}
+    assert set(contents(facts.out)) == names
 
-def test_facts_recounted(facts):
-    recall, tok, F, truth = facts.recall, facts.tok, 80 * 8, {}
-    assert recall["seen"].shape == recall["unseen"].shape == (F, facts.w) and recall["seen"].dtype == np.uint16
-    assert recall["control"].sum() == 20 * 8 and recall["exposures"].sum() == 8000
-    for f in range(F):
-        (name, relation, phrasing, answer), held_out = parsed(tok, recall["seen"][f]), parsed(tok, recall["unseen"][f])
-        assert (phrasing, held_out) == (0, (name, relation, 4, answer)) and relation == f % 8
+
+def check_recall_file(facts):
+    """Check recall.npz. Returns what is true: {(name, relation): (fact, answer)}."""
+    recall = facts.recall
+    F = 80 * 8
+    assert recall["seen"].shape == recall["unseen"].shape == (F, facts.window)
+    assert recall["seen"].dtype == np.uint16
+    assert recall["control"].sum() == 20 * 8
+    assert recall["exposures"].sum() == 8000
+    truth = {}
+    for fact in range(F):
+        name, relation, phrasing, answer = parsed(facts.tok, recall["seen"][fact])
+        assert phrasing == 0
+        assert relation == fact % 8
+        assert parsed(facts.tok, recall["unseen"][fact]) == (name, relation, 4, answer)
         for key in "seen", "unseen":
-            begin, end = recall[f"{key}_span"][f]
-            assert tok.decode(recall[key][f, begin:end].tolist()) == answer and recall[key][f, end] == ord(".")
-        truth[name, relation] = f, answer
-    assert len(truth) == F and len({name for name, _ in truth}) == 80
-    counted, phrasings = np.zeros(F, int), set()
-    for windows, exposures in (facts.val, np.zeros(F, int)), (facts.train, counted):
-        for window in windows[:-1].reshape(-1, facts.w):
-            name, relation, phrasing, answer = parsed(tok, window)
-            f, true = truth[name, relation]
-            assert answer == true and phrasing != 4 and not recall["control"][f]
-            exposures[f] += 1
-            phrasings.add((relation, phrasing))
-    assert (counted == recall["exposures"]).all() and len(phrasings) == 8 * 4
-    expected = 8000 / (np.arange(60) + 20) / (1 / (np.arange(60) + 20)).sum()
-    assert (abs(counted.reshape(80, 8).sum(1)[:60] - expected) < 5 * np.sqrt(expected)).all()        # drawn by 1 / (rank + shift)
+            begin, end = recall[f"{key}_span"][fact]
+            assert facts.tok.decode(recall[key][fact, begin:end].tolist()) == answer
+            assert recall[key][fact, end] == ord(".")
+        truth[name, relation] = fact, answer
+    assert len(truth) == F
+    assert len({name for name, _ in truth}) == 80
+    return truth
+
+
+def count_facts(facts, ids, truth):
+    """Read all windows of a .bin file. Returns exposures (F,) and {(relation, phrasing)}."""
+    exposures = np.zeros(80 * 8, int)
+    phrasings = set()
+    for window in ids[:-1].reshape(-1, facts.window):
+        name, relation, phrasing, answer = parsed(facts.tok, window)
+        fact, true_answer = truth[name, relation]
+        assert answer == true_answer
+        assert phrasing != 4  # the held-out one
+        assert not facts.recall["control"][fact]
+        exposures[fact] += 1
+        phrasings.add((relation, phrasing))
+    return exposures, phrasings
+
+
+@pytest.mark.slow
+def test_facts_recounted(facts):
+    truth = check_recall_file(facts)
+    count_facts(facts, facts.val, truth)
+    exposures, phrasings = count_facts(facts, facts.train, truth)
+    assert (exposures == facts.recall["exposures"]).all()
+    assert len(phrasings) == 8 * 4
+    # People are drawn with probability ~ 1 / (rank + shift): within five standard deviations.
+    weights = 1 / (np.arange(60) + 20)
+    expected = 8000 * weights / weights.sum()
+    by_person = exposures.reshape(80, 8).sum(1)[:60]
+    assert (abs(by_person - expected) < 5 * np.sqrt(expected)).all()
+
 
 def test_facts_are_the_same_every_time(facts):
     main(f"facts --out small {SMALL}")
+    assert contents("small") == contents(facts.out)
     main(f"facts --out other {SMALL} --seed 1")
-    assert contents("small") == contents(facts.out) and not np.array_equal(tokens("other", "train"), facts.train)
+    assert not np.array_equal(tokens("other", "train"), facts.train)
+
 
 @pytest.mark.parametrize("name", ["bytes", GPT2])
 def test_facts_with_other_tokenizers(name, facts):
-    pd.make_facts("f", people=60, control=20, relations=8, answers=100, documents=50, val_documents=5, tokenizer=name)
-    recall, tok = np.load("f/recall.npz"), pd.load_tokenizer("f")
-    for key, f in [(key, f) for f in range(0, 640, 7) for key in ("seen", "unseen")]:
-        (begin, end), expected = recall[f"{key}_span"][f], parsed(facts.tok, facts.recall[key][f])
-        assert parsed(tok, recall[key][f]) == expected and tok.decode(recall[key][f, begin:end].tolist()) == " " + expected[3]
+    """The tokenizer changes nothing about who is who and what is true."""
+    pd.make_facts("f", people=60, control=20, relations=8, answers=100, documents=50,
+                  val_documents=5, tokenizer=name)
+    recall = np.load("f/recall.npz")
+    tok = pd.load_tokenizer("f")
+    for fact in range(0, 640, 7):
+        for key in "seen", "unseen":
+            expected = parsed(facts.tok, facts.recall[key][fact])
+            assert parsed(tok, recall[key][fact]) == expected
+            begin, end = recall[f"{key}_span"][fact]
+            answer = expected[3]
+            assert tok.decode(recall[key][fact, begin:end].tolist()) == " " + answer
 
-# text
+
+# ---- text
+
+def random_text(draw, separator):
+    pieces = ["ab", "b", " ", "\n", "-", "<|", separator, "x" * 50]
+    return "".join(draw.choice(pieces) for _ in range(draw.randrange(80)))
+
 
 def test_documents_do_not_depend_on_how_the_text_is_read(monkeypatch):
     monkeypatch.setattr(pd, "PIECE", 40)
     draw = random.Random(0)
     for separator in ["<|endoftext|>", "\n\n", "--", "a"] * 60:
-        text = "".join(draw.choice(["ab", "b", " ", "\n", "-", "<|", separator, "x" * 50]) for _ in range(draw.randrange(80)))
-        cuts = sorted(draw.randrange(len(text) + 1) for _ in range(9))
-        got = list(pd.documents([text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])], separator))
-        assert "".join(piece + "\0" * end for piece, end in got).split("\0") == [*filter(None, map(str.strip, text.split(separator))), ""]
-        assert all(len(piece) <= 40 + len(separator) for piece, _ in got)
+        # Cut the text at nine random places, as if it had been read in ten chunks.
+        text = random_text(draw, separator)
+        cuts = [0, *sorted(draw.randrange(len(text) + 1) for _ in range(9)), len(text)]
+        chunks = [text[begin:end] for begin, end in zip(cuts, cuts[1:])]
+
+        got = [""]
+        for piece, ends in pd.documents(chunks, separator):
+            assert len(piece) <= pd.PIECE + len(separator)
+            got[-1] += piece
+            if ends:
+                got.append("")
+        assert got.pop() == ""  # the last document has its end
+        stripped = [document.strip() for document in text.split(separator)]
+        assert got == [document for document in stripped if document]
+
 
 @pytest.mark.parametrize("name", ["words", GPT2])
 def test_a_document_in_pieces_has_the_tokens_of_the_whole(name, monkeypatch):
@@ -171,250 +353,579 @@ def test_a_document_in_pieces_has_the_tokens_of_the_whole(name, monkeypatch):
     tok = pd.make_tokenizer(name, [" word", " 42"] if name == "words" else ())
     monkeypatch.setattr(pd, "PIECE", 100)
     pieces = [piece for piece, _ in pd.documents([text], pd.EOT)]
-    assert len(pieces) > 100 and [i for piece in pieces for i in tok.encode(piece)] == tok.encode(text)
+    assert len(pieces) > 100
+    ids = [token for piece in pieces for token in tok.encode(piece)]
+    assert ids == tok.encode(text)
+
+
+def write_stories():
+    """s.txt and the packed z.txt.gz, with a byte order mark and blank documents."""
+    stories = [f"Story {i}.\r\n\nÉnd x" + "x" * (i % 7) for i in range(40)]
+    text = "\ufeff \n" + "\n<|endoftext|>\n".join([*stories, "", " \n"])
+    Path("s.txt").write_bytes(text.encode())
+    Path("z.txt.gz").write_bytes(gzip.compress(text.encode()))
+    return stories
+
 
 def test_text_by_documents():
-    stories = [f"Story {i}.\r\n\nÉnd x" + "x" * (i % 7) for i in range(40)]
-    Path("s.txt").write_bytes("\ufeff \n".encode() + "\n<|endoftext|>\n".join([*stories, "", " \n"]).encode())
-    Path("z.txt.gz").write_bytes(gzip.compress(Path("s.txt").read_bytes()))
+    stories = write_stories()
     main("s.txt --tokenizer bytes --val-fraction 0.1")
+    assert texts("data/s", "val") == stories[::10]
+    assert texts("data/s", "train") == [one for i, one in enumerate(stories) if i % 10]
+    meta = read_meta("data/s")
+    ids = tokens("data/s", "train")
+    assert (meta["name"], meta["eot"]) == ("s", 256)
+    assert meta["documents"] == {"train": 36, "val": 4}
+    assert meta["tokens"]["train"] == len(ids)
+    assert meta["sha256"]["train.bin"] == hashlib.sha256(ids.tobytes()).hexdigest()
+    assert ids[-1] == 256
+
     main("z.txt.gz --tokenizer bytes --val-fraction 0.1")
-    assert texts("data/s", "val") == stories[::10] and texts("data/s", "train") == [one for i, one in enumerate(stories) if i % 10]
-    meta, ids = json.loads(Path("data/s/meta.json").read_text()), tokens("data/s", "train")
-    assert (meta["name"], meta["eot"], meta["documents"], meta["tokens"]["train"]) == ("s", 256, {"train": 36, "val": 4}, len(ids))
-    assert meta["sha256"]["train.bin"] == hashlib.sha256(ids.tobytes()).hexdigest() and ids[-1] == 256
     assert contents("data/z")["train.bin"] == contents("data/s")["train.bin"]
+
+
+def test_another_separator():
+    write_stories()
     main(r"s.txt --out w --tokenizer words --separator \n\n --vocab-size 300")
-    assert texts("w", "val") == ["Story 0."] and texts("w", "train")[0] == "Énd x\n<|endoftext|>\nStory 1."
-    assert json.loads(Path("w/meta.json").read_text())["vocab_size"] == 300
+    assert texts("w", "val") == ["Story 0."]
+    assert texts("w", "train")[0] == "Énd x\n<|endoftext|>\nStory 1."
+    assert read_meta("w")["vocab_size"] == 300
+
 
 @pytest.mark.parametrize("text, train, val", [
-    ("one\ntwo\nthree\nfour\n", "one\ntwo\nthree", "four"), ("é" * 9, "é" * 4, "é" * 5), ("a\nb <|endoftext|>\n<|endoftext|>\n", "a", "b")])
+    ("one\ntwo\nthree\nfour\n", "one\ntwo\nthree", "four"),
+    ("é" * 9, "é" * 4, "é" * 5),
+    ("a\nb <|endoftext|>\n<|endoftext|>\n", "a", "b"),
+])
 def test_text_of_one_document(text, train, val):
+    """It is cut after a line if it has several, and somewhere if not."""
     Path("t.txt").write_text(text, "utf-8")
     main("t.txt --tokenizer bytes --val-fraction 0.5")
-    assert (texts("data/t", "train"), texts("data/t", "val")) == ([train], [val])
+    assert texts("data/t", "train") == [train]
+    assert texts("data/t", "val") == [val]
+
 
 def test_any_number_of_workers(monkeypatch):
-    monkeypatch.setattr(pd, "BATCH", 5000)               # many batches
-    Path("t.txt").write_text("".join(random.Random(1).choices(["Ada", " saw", " the", " sea,", "\n<|endoftext|>"], k=60000)))
+    monkeypatch.setattr(pd, "BATCH", 5000)  # many batches
+    words = ["Ada", " saw", " the", " sea,", "\n<|endoftext|>"]
+    Path("t.txt").write_text("".join(random.Random(1).choices(words, k=60000)))
     for workers in 0, 1, 3:
         main(f"t.txt --out {workers}/t --tokenizer words --workers {workers}")
         assert contents(f"{workers}/t") == contents("0/t")
+
+
+def test_tokenising_takes_bounded_memory():
     taken = []
-    stream = pd.tokenized((taken.append(1) or [("train", "a", True)] for _ in range(999)), pd.make_tokenizer("bytes"), 2)
-    assert next(stream)["train"].tolist() == [97, 256] and len(taken) == 5               # bounded memory: 2 * workers are under way
+
+    def endless_batches():
+        while True:
+            taken.append(1)
+            yield [("train", "a", True)]
+
+    stream = pd.tokenized(endless_batches(), pd.make_tokenizer("bytes"), workers=2)
+    assert next(stream)["train"].tolist() == [97, 256]
+    assert len(taken) == 5  # 2 * workers are under way, and one more waits for its turn
     stream.close()
-    monkeypatch.setattr(pd, "start_worker", os._exit)    # which fails in the worker
-    assert "--workers" in complaint("t.txt --out dead --tokenizer bytes --workers 2") and not any(Path("dead").iterdir())
+
+
+def test_a_worker_that_fails_leaves_nothing(monkeypatch):
+    Path("t.txt").write_text("one<|endoftext|>two")
+
+    def fails(tok, batch):
+        raise OSError("out of threads")
+
+    monkeypatch.setattr(pd, "encode_batch", fails)
+    assert "out of threads" in complaint("t.txt --out dead --tokenizer bytes --workers 2")
+    assert not any(Path("dead").iterdir())
+
 
 @with_samples
 @pytest.mark.parametrize("workers", [1, 2])
 def test_openwebtext_is_nanogpts_token_for_token(workers):
-    made = run(f"{OWT} --out o --workers {workers}", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")       # text is UTF-8 anyway
-    assert made.returncode == 0 and made.stderr == ""
-    expected = np.fromfile(OWT.with_name("openwebtext-10k_val_1000docs.gpt2.uint16.bin"), "<u2")
-    train, val = (np.split(ids, np.flatnonzero(ids == 50256)[:-1] + 1) for ids in (tokens("o", "train"), tokens("o", "val")))
-    merged = [val.pop(0) if i % 100 == 0 else train.pop(0) for i in range(1000)]
-    assert not train and not val and np.array_equal(np.concatenate(merged), expected)
+    # The text is UTF-8, whatever the locale says.
+    no_utf8 = dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    made = run(f"{OWT} --out o --workers {workers}", **no_utf8)
+    assert made.returncode == 0
+    assert made.stderr == ""
+
+    # nanoGPT's file has the documents in order; of ours, every 100th is in val.bin.
+    splits = {}
+    for split in "train", "val":
+        ids = tokens("o", split)
+        after_eot = np.flatnonzero(ids == 50256) + 1
+        splits[split] = iter(np.split(ids, after_eot[:-1]))
+    merged = []
+    for i in range(1000):
+        split = "train" if i % 100 else "val"
+        merged.append(next(splits[split]))
+    assert not list(splits["train"])
+    assert not list(splits["val"])
+    theirs = OWT.with_name("openwebtext-10k_val_1000docs.gpt2.uint16.bin")
+    assert np.array_equal(np.concatenate(merged), np.fromfile(theirs, "<u2"))
+
 
 def tar(mode, files):
-    inside = io.BytesIO()
-    with tarfile.open(fileobj=inside, mode=mode) as made:
+    """The bytes of a tar archive. files: {name: bytes}. mode: "w", or "w:xz" to pack it."""
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode=mode) as made:
         for name, body in files.items():
             info = tarfile.TarInfo(name)
             info.size = len(body)
             made.addfile(info, io.BytesIO(body))
-    return inside.getvalue()
+    return archive.getvalue()
+
 
 def test_full_openwebtext():
-    packs = [{"1.txt": b"one\n\n\n\ntwo ", "2.txt": b"<|endoftext|> three"}, {"3.txt": b"  "}], [{"4.txt": b"four"}, {"5.txt": b"5\n\n5"}]
-    for name, contains in zip("ab", packs):
-        Path(f"{name}.tar").write_bytes(tar("w", {f"subset/{i}.xz": tar("w:xz", pack) for i, pack in enumerate(contains)}))
-    main("openwebtext --full --tokenizer bytes --from-file a.tar b.tar")
+    """The full OpenWebText is a tar of tar.xz of .txt files."""
+    a = {"subset/0.xz": tar("w:xz", {"1.txt": b"one\n\n\n\ntwo ",
+                                     "2.txt": b"<|endoftext|> three"}),
+         "subset/1.xz": tar("w:xz", {"3.txt": b"  "})}
+    b = {"subset/0.xz": tar("w:xz", {"4.txt": b"four", "5.txt": b"5\n\n5"})}
+    Path("a.tar").write_bytes(tar("w", a))
+    Path("b.tar").write_bytes(tar("w", b))
+    line = "openwebtext --full --tokenizer bytes --from-file a.tar b.tar"
+    main(line)
     assert texts("data/openwebtext", "val") == ["one\n\ntwo"]
     assert texts("data/openwebtext", "train") == ["<|endoftext|> three", "four", "5\n\n5"]
-    Path("b.tar").write_bytes(Path("b.tar").read_bytes()[:700])
-    assert "b.tar is damaged" in complaint("openwebtext --full --tokenizer bytes --out o --from-file a.tar b.tar")
 
-# the network: a hub on this machine that answers as its script says
+    Path("b.tar").write_bytes(Path("b.tar").read_bytes()[:700])
+    assert "b.tar is damaged" in complaint(f"{line} --out o")
+
+
+# ---- the network: a hub on this machine that answers as a script says
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    log_message = lambda *_: None
+    """Answers one request.
+
+    The server has `files` {name: bytes}, a `script`, and a `log` of (first byte asked for,
+    Authorization header). Each request takes the first entry from the script; without one, the
+    hub answers as it should. An entry is one of
+
+        (status, headers)       this status, without a body
+        ("breaks", n)           the connection ends after n bytes
+        ("deaf",)               the server knows no Range, and sends all of the file
+        ("elsewhere",)          other bytes than asked for
+        ("lies",)               1000 bytes more are announced than come
+        ("endless",)            the length is not announced, and 1000 bytes too many come
+    """
+
+    def log_message(self, *_):
+        pass
 
     def do_GET(self):
-        hub, body = self.server, self.server.files[self.path.split("/")[-1]]
+        hub = self.server
+        body = hub.files[self.path.split("/")[-1]]
         how, *more = hub.script.pop(0) if hub.script else ("well",)
-        start = int(self.headers.get("Range", "bytes=0-")[6:-1])
+        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").removesuffix("-"))
         hub.log.append((start, self.headers.get("Authorization")))
+        rest = body[start:]
+        headers = {"Content-Range": f"bytes {start}-{len(body) - 1}/{len(body)}",
+                   "Content-Length": len(rest)}
+        status = 206 if start else 200
         if isinstance(how, int):
-            self.answer(how, *more)
-        elif how == "deaf":                              # knows no Range
-            self.answer(200, {}, body)
+            status = how
+            rest = b""
+            headers = {"Content-Length": 0}
+            headers.update(*more)
+        elif how == "deaf":
+            status = 200
+            rest = body
+            headers = {"Content-Length": len(body)}
+        elif how == "endless":
+            rest += b"x" * 1000
+            headers = {}  # HTTP/1.0: the body ends where the connection does
         elif start >= len(body):
-            self.answer(416, {"Content-Range": f"bytes */{len(body)}"})
-        else:
-            headers = {"Content-Range": f"bytes {start + (how == 'elsewhere')}-{len(body) - 1}/{len(body)}",
-                       "Content-Length": len(body) - start + 1000 * (how == "lies")}
-            self.answer(206 if start else 200, headers, body[start:start + more[0]] if how == "breaks" else body[start:])
+            status = 416
+            rest = b""
+            headers = {"Content-Range": f"bytes */{len(body)}", "Content-Length": 0}
+        elif how == "breaks":
+            rest = rest[:more[0]]
+        elif how == "elsewhere":
+            headers["Content-Range"] = f"bytes {start + 1}-{len(body) - 1}/{len(body)}"
+        elif how == "lies":
+            headers["Content-Length"] += 1000
+        self.answer(status, headers, rest)
 
-    def answer(self, status, headers={}, body=b""):
+    def answer(self, status, headers, body):
         self.send_response(status)
-        for name, value in {"Content-Length": len(body), **headers}.items():
+        for name, value in headers.items():
             self.send_header(name, str(value))
         self.end_headers()
         self.wfile.write(body)
 
+
 def serve(files):
+    """Start a hub on a free port. files: {name: bytes}."""
     hub = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    hub.files, hub.script, hub.log, hub.url = files, [], [], f"http://127.0.0.1:{hub.server_port}"
-    threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    hub.files = files
+    hub.script = []
+    hub.log = []
+    hub.url = f"http://127.0.0.1:{hub.server_port}"
+    loop = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    loop.start()
     return hub
+
+
+def stop(hub):
+    hub.shutdown()
+    hub.server_close()
+
+
+def starts(hub):
+    """The first byte of each request."""
+    return [start for start, _ in hub.log]
+
 
 @pytest.fixture
 def hub(monkeypatch):
-    bodies = ["<|endoftext|>".join(f"{kind} {i}" for i in range(3000)).encode() for kind in ("train", "valid")]
-    hub = serve(dict(zip(pd.SOURCES["tinystories"], bodies)))
-    for name, body in hub.files.items():
-        monkeypatch.setitem(pd.HUB, name, (pd.TINY, len(body), hashlib.sha256(body).hexdigest()))
-    hub.waits, hub.valid, hub.target = [], bodies[1], Path("data/downloads/TinyStoriesV2-GPT4-valid.txt")
+    """A hub with a small TinyStories. Nobody really sleeps: hub.waits lists the seconds."""
+    bodies = {}
+    for name, kind in zip(pd.SOURCES["tinystories"], ["train", "valid"]):
+        stories = [f"{kind} {i}" for i in range(3000)]
+        bodies[name] = "<|endoftext|>".join(stories).encode()
+    hub = serve(bodies)
+    for name, body in bodies.items():
+        published = pd.TINY, len(body), hashlib.sha256(body).hexdigest()
+        monkeypatch.setitem(pd.HUB, name, published)
+    hub.target = Path("data/downloads/TinyStoriesV2-GPT4-valid.txt")
     hub.part = Path(f"{hub.target}.part")
+    hub.valid = bodies[hub.target.name]
+    hub.waits = []
     monkeypatch.setattr(pd.time, "sleep", hub.waits.append)
     monkeypatch.setenv("HF_ENDPOINT", hub.url + "/")
     yield hub
-    hub.shutdown(), hub.server_close()
+    stop(hub)
+
 
 STORY = "tinystories --small --tokenizer bytes"
 
+
 def test_download_and_use_again(hub):
     main("tinystories --tokenizer bytes")
-    assert texts("data/tinystories", "val") == [f"valid {i}" for i in range(3000)] and len(texts("data/tinystories", "train")) == 3000
+    assert texts("data/tinystories", "val") == [f"valid {i}" for i in range(3000)]
+    assert len(texts("data/tinystories", "train")) == 3000
     main(f"{STORY} --out small")
-    assert texts("small", "val") == [f"valid {i}" for i in range(0, 3000, 100)] and len(hub.log) == 2 and not hub.waits
+    assert texts("small", "val") == [f"valid {i}" for i in range(0, 3000, 100)]
+    assert len(hub.log) == 2  # the second command downloaded nothing
+    assert not hub.waits
 
-@pytest.mark.parametrize("script, starts, waits", [
-    ([("breaks", 1000), ("breaks", 500)], [0, 1000, 1500], [1, 1]),             # goes on where it broke, again and again
-    ([("breaks", 1000), ("deaf",)], [0, 1000], [1]),                            # starts over
-    ([("breaks", 1000), ("elsewhere",)], [0, 1000, 1000], [1, 2]),              # other bytes than asked for
+
+@pytest.mark.parametrize("script, expected_starts, waits", [
+    # goes on where it broke off, again and again
+    ([("breaks", 1000), ("breaks", 500)], [0, 1000, 1500], [1, 1]),
+    # starts over
+    ([("breaks", 1000), ("deaf",)], [0, 1000], [1]),
+    # does not take other bytes than it asked for
+    ([("breaks", 1000), ("elsewhere",)], [0, 1000, 1000], [1, 2]),
+    # waits as the server asks, and longer each time when it asks for nothing that can be read
     ([(429, {"Retry-After": "7"}), (503,), (500, {"Retry-After": "soon"})], [0] * 4, [7, 2, 4]),
+    ([(408,), (520,), (503, {"Retry-After": "Sat, 1 Jan 99999 00:00:00 GMT"})], [0] * 4, [0, 2, 4]),
+    # but not for a day
     ([(429, {"Retry-After": "86400"})], [0, 0], [300]),
-    (9000, [9000], []), (67877, [67877], []), (99999, [99999, 0], [1])])        # some, all, too much of it from an earlier run
-def test_download_goes_on(script, starts, waits, hub):
-    if isinstance(script, int):
-        hub.part.parent.mkdir(parents=True)
-        hub.part.write_bytes((hub.valid * 2)[:script])
-    else:
-        hub.script = script
+])
+def test_download_goes_on(script, expected_starts, waits, hub):
+    hub.script = script
     main(STORY)
-    assert hub.target.read_bytes() == hub.valid and not hub.part.exists()
-    assert [start for start, _ in hub.log] == starts and hub.waits == waits
+    assert hub.target.read_bytes() == hub.valid
+    assert not hub.part.exists()
+    assert starts(hub) == expected_starts
+    assert hub.waits == waits
+
+
+@pytest.mark.parametrize("size, expected_starts, waits", [
+    (9000, [9000], []),  # some of it
+    (67877, [67877], []),  # all of it
+    (99999, [99999, 0], [1]),  # more than there is: it was another file
+])
+def test_download_with_a_part_from_an_earlier_run(size, expected_starts, waits, hub):
+    hub.part.parent.mkdir(parents=True)
+    hub.part.write_bytes((hub.valid * 2)[:size])
+    main(STORY)
+    assert hub.target.read_bytes() == hub.valid
+    assert not hub.part.exists()
+    assert starts(hub) == expected_starts
+    assert hub.waits == waits
+
+
+def check_says_what_to_do(said, hub):
+    assert f"{hub.url}/{pd.TINY}{hub.target.name}" in said
+    assert f"place it at {hub.target}" in said
+    assert "--from-file" in said
+
 
 def test_download_gives_up(hub):
     hub.script = [(503,)] * 99
     said = complaint(STORY)
-    assert hub.waits == [1, 2, 4, 8, 16] and len(hub.log) == pd.TRIES and f"{hub.url}/{pd.TINY}{hub.target.name}" in said
-    assert f"place it at {hub.target}" in said and "--from-file" in said
-    hub.script = [(404,)]
-    assert "404" in complaint(STORY) and len(hub.log) == pd.TRIES + 1                    # not worth a second try
-    hub.shutdown(), hub.server_close()
-    assert "refused" in complaint(STORY) and not Path("data/tinystories/meta.json").exists()
+    check_says_what_to_do(said, hub)
+    assert "503" in said
+    assert hub.waits == [0, 2, 4, 8, 16]
+    assert len(hub.log) == pd.TRIES
 
-def test_download_of_something_else(hub):
+
+def test_download_gives_up_when_nothing_more_comes(hub):
+    hub.script = [("breaks", 1000)] + [("breaks", 0)] * 99
+    said = complaint(STORY)
+    check_says_what_to_do(said, hub)
+    assert hub.waits == [1, 2, 4, 8, 16]
+    assert starts(hub) == [0] + [1000] * (pd.TRIES - 1)
+    assert hub.part.stat().st_size == 1000  # what came stays, for the next run
+
+
+def test_what_is_not_there_is_asked_for_once(hub):
+    hub.script = [(404,)]
+    said = complaint(STORY)
+    check_says_what_to_do(said, hub)
+    assert "404" in said
+    assert len(hub.log) == 1
+
+
+def test_no_connection(hub):
+    stop(hub)
+    said = complaint(STORY)
+    check_says_what_to_do(said, hub)
+    assert "refused" in said
+    assert hub.waits == [0, 2, 4, 8, 16]
+    assert not Path("data/tinystories/meta.json").exists()
+
+
+def test_an_endpoint_that_is_no_address(hub, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://")
+    assert "--from-file" in complaint(STORY)
+
+
+def test_download_of_another_size(hub):
     hub.script = [("lies",)]
     said = complaint(STORY)
-    assert f"{len(hub.valid)} were expected" in said and "--no-verify" in said and not hub.target.exists()
-    hub.files[hub.target.name] = wrong = hub.valid.replace(b"v", b"V")
-    for _ in range(2):                                   # the bytes stay, for --no-verify, and are not trusted the second time
+    assert f"{len(hub.valid)} were expected" in said
+    assert "--no-verify" in said
+    assert not hub.target.exists()
+
+
+def test_download_of_something_else(hub):
+    wrong = hub.valid.replace(b"v", b"V")
+    hub.files[hub.target.name] = wrong
+    # The bytes stay, for --no-verify, and they are not trusted the second time.
+    for _ in range(2):
         said = complaint(STORY)
-        assert hashlib.sha256(wrong).hexdigest() in said and "--no-verify" in said and not hub.target.exists()
+        assert hashlib.sha256(wrong).hexdigest() in said
+        assert "--no-verify" in said
+        assert not hub.target.exists()
     main(f"{STORY} --no-verify")
-    assert hub.target.read_bytes() == wrong and [start for start, _ in hub.log] == [0, 0, len(wrong), len(wrong)]
-    assert "sha256" in complaint(f"{STORY} --force") and "sha256" in complaint(f"{STORY} --from-file {hub.target} --out copy")
+    assert hub.target.read_bytes() == wrong
+    assert starts(hub) == [0, len(wrong), len(wrong)]
+    assert "sha256" in complaint(f"{STORY} --force")
+    assert "sha256" in complaint(f"{STORY} --from-file {hub.target} --out copy")
+
+
+def test_download_of_more_than_was_published(hub):
+    hub.script = [("endless",)]
+    assert "sha256" in complaint(STORY)
+    main(STORY)  # the part is longer than the file, so it starts over
+    assert hub.target.read_bytes() == hub.valid
+    assert starts(hub) == [0, len(hub.valid) + 1000, 0]
+
 
 def test_download_of_unknown_size(hub):
-    pd.HUB[hub.target.name] = (pd.TINY, 1, None)         # as for the full OpenWebText; the fixture puts it back
+    # As for the full OpenWebText. The fixture puts the entry back.
+    pd.HUB[hub.target.name] = (pd.TINY, 1, None)
+    # Fewer bytes come than were announced. Then there are no more: we had all of them.
     hub.script = [("lies",)]
-    main(STORY)                                          # short of what was claimed; then there is no more: all of it was here
-    assert hub.target.read_bytes() == hub.valid and [start for start, _ in hub.log] == [0, len(hub.valid)]
-
-def test_the_token_stays_with_the_hub(hub, monkeypatch):
-    other = serve(hub.files)
-    hub.script, other.script = [(302, {"Location": f"{other.url}/{hub.target.name}"})] * 2, [("breaks", 100)]
-    monkeypatch.setenv("HF_TOKEN", "secret\n")
     main(STORY)
-    other.shutdown(), other.server_close()
-    assert hub.log == [(0, "Bearer secret"), (100, "Bearer secret")] and other.log == [(0, None), (100, None)]
+    assert hub.target.read_bytes() == hub.valid
+    assert starts(hub) == [0, len(hub.valid)]
+
+
+@pytest.mark.parametrize("token", ["secret\n", ""])
+def test_the_token_stays_with_the_hub(token, hub, monkeypatch):
+    """HF_TOKEN goes to the hub, not to the host of a redirect. Passwords of ~/.netrc go nowhere."""
+    other = serve(hub.files)
+    redirect = (302, {"Location": f"{other.url}/{hub.target.name}"})
+    hub.script = [redirect, redirect]
+    other.script = [("breaks", 100)]
+    monkeypatch.setenv("HF_TOKEN", token)
+    Path("netrc").write_text("machine 127.0.0.1 login ada password lovelace\n"
+                             "default login ada password lovelace\n")
+    monkeypatch.setenv("NETRC", "netrc")
+    main(STORY)
+    stop(other)
+    expected = "Bearer secret" if token else None
+    assert hub.log == [(0, expected), (100, expected)]
+    assert other.log == [(0, None), (100, None)]
     assert hub.target.read_bytes() == hub.valid
 
-# everything else that goes wrong
+
+def test_the_proxy_is_used(hub, monkeypatch):
+    """A proxy gets the whole address; ours takes the last part of it and answers itself."""
+    monkeypatch.setenv("HF_ENDPOINT", "http://hub.invalid")
+    monkeypatch.setenv("http_proxy", hub.url)
+    main(STORY)
+    assert hub.target.read_bytes() == hub.valid
+
+
+# ---- everything else that goes wrong
 
 def test_what_is_finished_stays():
     line = "facts --out f --people 9 --documents 50"
     main(line)
-    before, times = contents("f"), [path.stat().st_mtime_ns for path in Path("f").iterdir()]
+    before = contents("f")
+    times = [path.stat().st_mtime_ns for path in Path("f").iterdir()]
+
     again = run(line)
-    assert again.returncode == 0 and again.stdout.count("\n") == 1 and "f is finished" in again.stdout and again.stderr == ""
+    assert again.returncode == 0
+    assert again.stdout.count("\n") == 1
+    assert "f is finished" in again.stdout
+    assert again.stderr == ""
     said = complaint(f"{line} --seed 2")
-    assert "seed 1337, not 2" in said and "--force" in said
-    assert before == contents("f") and times == [path.stat().st_mtime_ns for path in Path("f").iterdir()]
+    assert "seed 1337, not 2" in said
+    assert "--force" in said
+    assert contents("f") == before
+    assert [path.stat().st_mtime_ns for path in Path("f").iterdir()] == times
+
     main(f"{line} --seed 2 --force")
-    assert json.loads(Path("f/meta.json").read_text())["settings"]["seed"] == 2 and contents("f")["train.bin"] != before["train.bin"]
+    assert read_meta("f")["settings"]["seed"] == 2
+    assert contents("f")["train.bin"] != before["train.bin"]
+
+
+def test_errors_are_value_errors():
+    """For other scripts: no SystemExit, and a message without the name of this program."""
+    for call in [lambda: pd.make_facts("f", people=0), lambda: pd.read_meta("nosuch"),
+                 lambda: pd.load_tokenizer("nosuch"), lambda: pd.make_text("nosuch")]:
+        with pytest.raises(ValueError) as error:
+            call()
+        assert not str(error.value).startswith("prepare_data.py")
+
 
 def test_killed():
-    process = subprocess.Popen([sys.executable, str(ROOT / "prepare_data.py"), *"facts --documents 90000000 --out f".split()])
+    command = [sys.executable, str(ROOT / "prepare_data.py")]
+    command += "facts --documents 90000000 --out f".split()
+    process = subprocess.Popen(command)
     while not Path("f/unfinished/train.bin").exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert [path.name for path in Path("f").iterdir()] == ["unfinished"]
-    with pytest.raises(SystemExit, match="no finished meta.json"):
+    with pytest.raises(ValueError, match="no finished meta.json"):
         pd.load_tokenizer("f")
     main("facts --documents 50 --out f")
-    assert not Path("f/unfinished").exists() and pd.load_tokenizer("f").vocab_size > 257
+    assert not Path("f/unfinished").exists()
+    assert pd.load_tokenizer("f").vocab_size > 257
+
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_interrupted(workers, monkeypatch):
     Path("t.txt").write_text("one<|endoftext|>two")
     line = f"t.txt --tokenizer bytes --workers {workers}"
     main(line)
-    before, whole = contents("data/t"), pd.batches
-    def stops(*args):
+    before = contents("data/t")
+    whole = pd.batches
+
+    def stops_at_the_end(*args):
         yield from whole(*args)
         raise KeyboardInterrupt
-    monkeypatch.setattr(pd, "batches", stops)
-    assert "stopped" in complaint(f"{line} --force") and contents("data/t") == before
-    assert "stopped" in complaint(f"{line} --out new") and not any(Path("new").iterdir())
 
-def test_disk_full(monkeypatch):
+    monkeypatch.setattr(pd, "batches", stops_at_the_end)
+    assert "stopped" in complaint(f"{line} --force")
+    assert contents("data/t") == before
+    assert "stopped" in complaint(f"{line} --out new")
+    assert not any(Path("new").iterdir())
+
+
+def test_disk_full():
     Path("o/unfinished").mkdir(parents=True)
     Path("o/unfinished/train.bin").symlink_to("/dev/full")
     said = complaint("facts --documents 9000 --out o")
-    assert "No space left" in said and "--out" in said and not any(Path("o").iterdir())
-    monkeypatch.setattr(pd.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10 ** 10))
-    said = complaint("openwebtext --tokenizer bytes --out p")                            # 4.7 GB to download, 25 GB of tokens
-    assert "needed" in said and "10.00 free" in said and not Path("p").exists()
+    assert "No space left" in said
+    assert "--out" in said
+    assert not any(Path("o").iterdir())
 
-BAD = {"facts --people 0": "from 1", "facts --people 9999999": "must be from", "facts --people x": "invalid", "facts --answers 101": "100",
-       "facts --relations 9": "1 to 8", "facts --zipf-shift nan": "zipf", "facts --control -1": "from 0", "facts --documents 0": "from 1",
-       "facts --peple 5": "unrecognized", "facts --workers 2": "not for facts", "facts --out text.txt": "text.txt", "nosuch": "no such",
-       "empty.txt": "more text", "blank.txt": "more text", "folder": "no such file", "latin.txt": "byte 1070003", "cut.txt.gz": "damaged",
-       "text.txt --people 5": "not for text.txt", "text.txt --val-fraction 0": "above 0", "text.txt --val-fraction nan": "above 0",
-       "text.txt --workers -1": "at least 0", "text.txt --vocab-size 9": "258", "text.txt --tokenizer sp": "invalid choice",
-       "text.txt --separator=": "empty", "text.txt --small": "not for text.txt", "text.txt --out text.txt/o": "Not a directory",
-       "tinystories --full": "openwebtext", "tinystories --from-file text.txt text.txt text.txt": "at most two",
-       "tinystories --from-file nosuch": "no such file", "openwebtext --full --from-file text.tar": "damaged"}
 
-def test_bad_inputs():
+def test_disk_too_small(monkeypatch):
+    monkeypatch.setattr(pd.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=10 ** 10))
+    # 4.7 GB of downloads fit, and the 25 GB of tokens do not.
+    said = complaint("openwebtext --tokenizer bytes --out p")
+    assert "needed" in said
+    assert "10.00 free" in said
+    assert not Path("p").exists()
+
+
+# Command lines that must fail, and what the message must contain.
+BAD = {
+    "facts --people 0": "from 1",
+    "facts --people 9999999": "must be from",
+    "facts --people x": "invalid",
+    "facts --answers 101": "100",
+    "facts --relations 9": "1 to 8",
+    "facts --zipf-shift nan": "zipf",
+    "facts --control -1": "from 0",
+    "facts --documents 0": "from 1",
+    "facts --peple 5": "unrecognized",
+    "facts --workers 2": "not for facts",
+    "facts --out text.txt": "text.txt",
+    "nosuch": "no such",
+    "empty.txt": "more text",
+    "blank.txt": "more text",
+    "folder": "no such file",
+    "latin.txt": "byte 1070003",
+    "cut.txt.gz": "damaged",
+    "text.txt --people 5": "not for text.txt",
+    "text.txt --val-fraction 0": "above 0",
+    "text.txt --val-fraction nan": "above 0",
+    "text.txt --workers -1": "at least 0",
+    "text.txt --vocab-size 9": "258",
+    "text.txt --tokenizer sp": "invalid choice",
+    "text.txt --separator=": "empty",
+    "text.txt --small": "not for text.txt",
+    "text.txt --out text.txt/o": "Not a directory",
+    "tinystories --full": "openwebtext",
+    "tinystories --from-file text.txt text.txt text.txt": "at most two",
+    "tinystories --from-file nosuch": "no such file",
+    "openwebtext --full --from-file text.tar": "damaged",
+}
+
+
+@pytest.fixture
+def bad_files():
     Path("text.txt").write_text("one\ntwo\n<|endoftext|>three")
-    Path("latin.txt").write_bytes("é".encode() * 535000 + b"abc\xe9 latin")              # in the second million bytes
-    Path("empty.txt").touch(), Path("folder").mkdir()
-    Path("text.tar").write_text("no tar"), Path("blank.txt").write_text(" \n<|endoftext|>\n")
-    Path("cut.txt.gz").write_bytes(gzip.compress(random.Random(0).randbytes(9000).hex().encode())[:-900])
-    for line, expected in BAD.items():
-        line = line if "facts" in line or "--tokenizer" in line else f"{line} --tokenizer bytes"
-        assert expected in complaint(line), line
-        assert not list(Path().glob("**/meta.json")) and not list(Path().glob("**/*.bin")), line
-    for line in "facts --peple 5", "nosuch.txt", "latin.txt --tokenizer bytes --workers 2", "text.txt":              # from outside
-        made = run(line, TIKTOKEN_CACHE_DIR="none", HTTPS_PROXY="http://127.0.0.1:9")
-        assert made.returncode == 1 and re.fullmatch("prepare_data.py: .+\n", made.stderr), made.stderr
-    assert "TIKTOKEN_CACHE_DIR" in made.stderr and "--tokenizer bytes" in made.stderr    # the last: no vocabulary to be had
+    Path("text.tar").write_text("no tar")
+    Path("empty.txt").touch()
+    Path("blank.txt").write_text(" \n<|endoftext|>\n")
+    Path("folder").mkdir()
+    # The bad byte is in the second million bytes.
+    Path("latin.txt").write_bytes("é".encode() * 535_000 + b"abc\xe9 latin")
+    packed = gzip.compress(random.Random(0).randbytes(9000).hex().encode())
+    Path("cut.txt.gz").write_bytes(packed[:-900])
+
+
+@pytest.mark.parametrize("line, expected", BAD.items())
+def test_bad_inputs(line, expected, bad_files):
+    if "facts" not in line and "--tokenizer" not in line:
+        line += " --tokenizer bytes"
+    assert expected in complaint(line)
+    assert not list(Path().glob("**/meta.json"))
+    assert not list(Path().glob("**/*.bin"))
+
+
+NO_VOCABULARY = dict(TIKTOKEN_CACHE_DIR="none", HTTPS_PROXY="http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize("line, expected", [
+    ("facts --peple 5", "unrecognized"),
+    ("nosuch.txt", "no such"),
+    ("latin.txt --tokenizer bytes --workers 2", "not UTF-8"),
+    ("text.txt", "TIKTOKEN_CACHE_DIR"),  # no vocabulary, and no network to get it
+    ("text.txt", "--tokenizer bytes"),
+])
+def test_bad_inputs_from_outside(line, expected, bad_files):
+    made = run(line, **NO_VOCABULARY)
+    assert made.returncode == 1
+    assert re.fullmatch("prepare_data.py: .+\n", made.stderr), made.stderr
+    assert expected in made.stderr
+
+
+def test_a_vocabulary_with_a_wrong_checksum(monkeypatch):
+    """As from a portal that answers every request with its own page."""
+    import tiktoken.load
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(Path("none").absolute()))
+    monkeypatch.setattr(tiktoken.load, "read_file", lambda path: b"<html>log in</html>")
+    Path("text.txt").write_text("one<|endoftext|>two")
+    assert "--tokenizer bytes" in complaint("text.txt")

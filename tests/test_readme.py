@@ -1,161 +1,403 @@
-"""What README.md says is true: its commands parse, its files exist, its cheap numbers are recomputed, its table is that of assets/facts.json."""
+"""
+What README.md says is true.
+
+Its commands parse, and so do those of docs/ and runs/. Its links lead somewhere. Its numbers are
+computed again from assets/facts.json and from the code. Its example runs.
+"""
 import json
 import math
 import re
 import shlex
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+import kernel
+import prepare_data
 import sample
 import train
 from model import GPT
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
-SETUP = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && .venv/bin/"
+TEXT = " ".join(README.split())  # on one line, so that a test can look for a sentence
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SCRIPTS = sorted((ROOT / "runs").glob("*.sh"))
 RUNS = json.loads((ROOT / "assets" / "facts.json").read_text("utf-8"))
+SETUP = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && .venv/bin/"
 
+
+# ---- its shape
 
 def test_it_opens_with_the_two_commands():
-    commands = [line.strip() for line in README.splitlines() if line.strip().startswith("python3 -m venv")]
-    assert commands == [SETUP + "python train.py", SETUP + "python -m pytest"]
-    assert "pytest" in (ROOT / ".ci" / "run").read_text() and README.index(commands[0]) < 1500
+    lines = README.splitlines()
+    commands = [line for line in lines if line.strip().startswith("python3 -m venv")]
+    first = "    " + SETUP + "python train.py"
+    second = "    " + SETUP + "python -m pytest"
+    assert commands == [first, second]
+    assert README.index(first) < 1500
+    assert "pytest" in (ROOT / ".ci" / "run").read_text("utf-8")
 
 
-def code():
-    """Every command in README: of indented lines, code blocks and `inline code`, comments taken off."""
-    spans = re.findall(r"`([^`\n]+)`", README) + README.splitlines()
-    for span in spans:
+def test_it_is_short():
+    assert 1500 <= len(README.split()) <= 2600
+    too_long = [line for line in README.splitlines() if len(line) > 120]
+    assert not too_long
+
+
+def test_the_pictures_come_first():
+    before = README[:README.index("assets/facts.png")]
+    assert "assets/memory_layer.svg" in before
+    assert len(before.split()) <= 130
+
+
+# ---- links
+
+def links(page):
+    """What a page links to or shows, other than web pages."""
+    text = page.read_text("utf-8")
+    found = re.findall(r"\]\(([^)]+)\)", text) + re.findall(r'src="([^"]+)"', text)
+    return [link for link in found if not link.startswith("http")]
+
+
+def anchors(page):
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)", page.read_text("utf-8"), re.MULTILINE)
+    plain = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings]
+    return [heading.replace(" ", "-") for heading in plain]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for link in links(page):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_it_links_to_what_it_is_made_of():
+    assert len(set(links(ROOT / "README.md"))) >= 9
+    for name in re.findall(r"tests/\w+\.py", README):
+        assert (ROOT / name).exists(), name
+
+
+# ---- commands
+
+def joined_lines(text):
+    """The lines of a text. A line that ends in a backslash goes on in the next."""
+    return re.sub(r" *\\\n *", " ", text).splitlines()
+
+
+def commands_of_page(page):
+    """Every command of a page: of its lines and of its `inline code`."""
+    text = page.read_text("utf-8")
+    for span in joined_lines(text) + re.findall(r"`([^`\n]+)`", text):
         for command in span.split(" # ")[0].split("&&"):
-            if re.match(r"\s*(\.venv/bin/)?(python|torchrun) ", command) and "$" not in command and "NAME" not in command and "<" not in command:
-                yield command.strip()
+            command = command.strip().removeprefix(".venv/bin/")
+            if re.match(r"(python|torchrun) ", command):
+                yield command
 
 
-@pytest.mark.parametrize("command", sorted({c for c in code() if "train.py" in c and "--help" not in c}))
-def test_train_commands_parse(command):
-    settings, preset, resume, runs = train.read_settings(shlex.split(command.split("train.py", 1)[1]) if "--resume" not in command else [])
-    settings.vocab_size, settings.block_size = settings.vocab_size or 512, settings.block_size or 9   # else the data says them
-    assert preset in train.PRESETS and settings.check() is settings and (runs is None or len(runs) > 1)
+def commands_of_script(script):
+    """Every training that a script of runs/ starts, with numbers for its variables."""
+    for line in joined_lines(script.read_text("utf-8")):
+        line = re.sub(r"\$\{?\w+\}?", "1", line.strip().replace("$python", "python"))
+        if re.match(r"run(_by_two)? [\w.-]+ ", line):
+            yield "python train.py " + line.split(maxsplit=2)[2]
+        elif line.startswith("python train.py"):
+            yield line
+
+
+COMMANDS = set()
+for page in PAGES:
+    COMMANDS.update(commands_of_page(page))
+for script in SCRIPTS:
+    if script.name != "run.sh":  # that one holds what the others share
+        COMMANDS.update(commands_of_script(script))
+
+
+def starting(*scripts):
+    """The commands that run one of these scripts, each as [command, its arguments]."""
+    found = []
+    for command in sorted(COMMANDS):
+        for name in scripts:
+            if f"{name} " in command + " ":
+                found.append([command, shlex.split(command.split(name, 1)[1])])
+    return found
+
+
+def test_there_are_commands():
+    assert len([c for c in commands_of_page(ROOT / "README.md") if "train.py" in c]) >= 8
+    for script in SCRIPTS:
+        assert script.name == "run.sh" or list(commands_of_script(script)), script
+
+
+@pytest.mark.parametrize("command, argv", starting("train.py", "tests/time_steps.py"))
+def test_train_commands_parse(command, argv):
+    if "--help" in argv or argv == ["--compare"]:
+        return
+    if "--resume" in argv:  # its settings are in a run folder
+        train.make_parser().parse_args(argv)
+        return
+    settings, preset, _, runs = train.read_settings(argv)
+    # Else the data decides these.
+    settings.vocab_size = settings.vocab_size or 512
+    settings.block_size = settings.block_size or 9
+    assert preset in train.PRESETS
+    assert settings.check() is settings
+    assert runs is None or len(runs) > 1
     ranks = math.prod(int(n) for n in re.findall(r"--(?:nnodes|nproc_per_node)=(\d+)", command))
-    assert settings.batch_size % (ranks * (settings.micro_batch_size or 1)) == 0, f"{settings.batch_size} windows for {ranks} ranks"
+    train.check_ranks(settings, ranks)
 
 
-def test_there_are_commands_and_flags_that_exist():
-    assert len({c for c in code() if "train.py" in c}) >= 8
-    known = {train.flag(f) for f in train.Settings.__dataclass_fields__} | {"--resume", "--compare", "--help", "--no-compile"}
-    known |= {"--" + name.replace("_", "-") for name in sample.NUMBERS} | {"--recall", "--ablate-memory", "--prompt", "--plot", "--standalone", "--nproc_per_node"}
-    known |= {"--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--small", "--full", "--from-file", "--out", "--tokenizer", "--vocab-size"}
-    assert not set(re.findall(r"(?<![\w-])--[a-z][\w-]+", README)) - known
+@pytest.mark.parametrize("command, argv", starting("sample.py"))
+def test_sample_commands_parse(command, argv):
+    args = sample.read_args(argv)
+    assert args.run.startswith("out/")
 
 
-def test_the_files_it_names_exist():
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
-    assert len(links) >= 9 and all((ROOT / link).exists() for link in links)
+@pytest.mark.parametrize("command, argv", starting("prepare_data.py"))
+def test_prepare_data_commands_parse(command, argv):
+    assert prepare_data.make_parser().parse_args(argv)
 
 
-def test_what_the_first_command_prints():
-    run = {k: v for k, v in RUNS["facts-memory-1337"].items() if k not in ("vocab_size", "block_size", "max_steps")}
-    assert train.read_settings([])[0].seed == run["seed"] and f"\n{train.report(run)}\n" in README
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_scripts_exist(command):
+    for name in re.findall(r"[\w/]+\.py", command):
+        assert (ROOT / name).exists(), name
 
 
-@pytest.mark.parametrize("ffn", ["memory", "dense"])
-def test_sizes(ffn):
-    run = next(r for r in RUNS.values() if r["ffn"] == ffn)
-    settings = train.read_settings(["--ffn", ffn])[0]
-    settings.vocab_size, settings.block_size = run["vocab_size"], run["block_size"]
-    model = GPT(settings)
-    assert model.param_counts() == run["params"] and model.flops_per_token() == run["flops_per_token"]
-    assert f"{run['params']['total']:,}" in README and f"{run['flops_per_token']:,}" in README
+def test_flags_exist(capsys):
+    with pytest.raises(SystemExit):
+        sample.read_args(["--help"])
+    helps = [train.make_parser().format_help(), prepare_data.make_parser().format_help(),
+             capsys.readouterr().out]
+    known = set(re.findall(r"--[a-z][\w-]+", " ".join(helps)))
+    known |= {"--plot", "--seconds"}  # tests/bench_kernel.py
+    known |= {"--collect"}  # runs/report.py
+    known |= {"--standalone", "--nnodes", "--nproc_per_node", "--rdzv-backend", "--rdzv-endpoint"}
+    for page in PAGES:
+        named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", page.read_text("utf-8")))
+        assert not named - known, page
 
 
-KINDS = {"| Memory |": "facts-memory", "| Memory+ |": "facts-plus", "| dense |": "facts-dense", "| dense, equal time |": "facts-dense-long"}
+# ---- numbers of the runs
+
+COLUMNS = {
+    "Memory": "facts-memory",
+    "Dense, same FLOPs": "facts-dense",
+    "Dense, same training time": "facts-dense-long",
+}
 
 
 def of(kind, key):
+    """One number of the three seeds of a kind of run."""
     values = [run[key] for name, run in RUNS.items() if re.fullmatch(kind + r"-\d", name)]
     assert len(values) == 3
     return values
 
 
-def mean(kind, key, digits):
-    return f"{statistics.mean(of(kind, key)):.{digits}f} ± {statistics.stdev(of(kind, key)):.{digits}f}"
+def mean(kind, key):
+    return statistics.mean(of(kind, key))
 
 
-@pytest.mark.parametrize("row, kind", KINDS.items())
-def test_the_table_is_what_the_runs_gave(row, kind):
-    line = next(x for x in README.splitlines() if x.startswith(row))
-    for key, digits in (("recall", 3), ("seconds", 0), ("val_loss", 3), ("recall_unseen_phrasing", 3)):
-        assert mean(kind, key, digits) in line, (key, mean(kind, key, digits), line)
+def spread(kind, key, digits):
+    """mean ± standard deviation, as the table has them"""
+    return f"{mean(kind, key):.{digits}f} ± {statistics.stdev(of(kind, key)):.{digits}f}"
 
 
-@pytest.mark.parametrize("row, kind", {"| one process |": "facts-memory", "| two processes |": "facts-2ranks"}.items())
-def test_two_processes_learn_the_same(row, kind):
-    line = next(x for x in README.splitlines() if x.startswith(row))
-    assert all(mean(kind, key, digits) in line for key, digits in (("recall", 3), ("val_loss", 3), ("seconds", 0))), line
-    assert abs(statistics.mean(of("facts-2ranks", "recall")) - statistics.mean(of("facts-memory", "recall"))) < statistics.stdev(of("facts-memory", "recall"))
+def total_parameters(kind):
+    return of(kind, "params")[0]["total"]
 
 
-def test_what_a_bfloat16_table_recalls():
-    assert f"three seeds: {mean('facts-bf16', 'recall', 3)} recalled (float32: {mean('facts-plus-2e-2', 'recall', 3)})" in README
+def times(kind, other, key="recall"):
+    """How many times as large a number is for one kind of run as for another."""
+    return f"{mean(kind, key) / mean(other, key):.1f}"
 
 
-def test_the_costs_of_parallel_memory_are_those_memory_py_prints():
-    done = subprocess.run([sys.executable, "memory.py"], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0 and f"```\n{done.stdout}```" in README
+def read_times(kind, low):
+    """Recall of the facts that were read `low` times or little more, for each seed."""
+    found = []
+    for rows in of(kind, "recall_by_exposures"):
+        found += [row["recall"] for row in rows if row["from"] == low]
+    return found
+
+
+def cells(title):
+    """The cells of the row of a table in README that begins with this title."""
+    lines = [line for line in README.splitlines() if line.startswith(f"| {title} |")]
+    assert len(lines) == 1
+    return [cell.strip() for cell in lines[0].split("|")[2:-1]]
+
+
+def test_the_table_is_what_the_runs_gave():
+    assert "| " + " | ".join(COLUMNS) + " |" in README
+    rows = {"facts recalled": [], "FLOPs per token": [], "parameters": [], "training seconds": []}
+    for kind in COLUMNS.values():
+        rows["facts recalled"].append(spread(kind, "recall", 3))
+        rows["FLOPs per token"].append(f"{of(kind, 'flops_per_token')[0]:,}")
+        rows["parameters"].append(f"{total_parameters(kind):,}")
+        rows["training seconds"].append(spread(kind, "seconds", 0))
+    for title, want in rows.items():
+        assert cells(title) == want
+
+
+def test_what_the_first_command_prints():
+    run = RUNS["facts-memory-1337"]
+    assert train.read_settings([])[0].seed == run["seed"]
+    block = re.search(r"```\n( times read .*?)```", README, re.DOTALL)[1]
+    report = train.report(run)
+    assert block in report
+    left_out = report.split(block)[1].splitlines()[:-1]  # the last line is that of the control
+    assert left_out
+    assert all("100.0 %" in line for line in left_out)
+    assert f"that is {100 * run['recall']:.1f}% with this seed" in TEXT
+
+
+def test_the_limits():
+    assert "Not measured on a GPU yet" in TEXT
+    memory, longer = mean("facts-memory", "recall"), mean("facts-dense-long", "recall")
+    assert f"the gap narrows: {memory:.3f} against {longer:.3f}" in TEXT
+    assert round(total_parameters("facts-memory") / total_parameters("facts-dense")) == 6
+    assert "six times the parameters, and stores fewer bits in each" in TEXT
+    assert mean("facts-memory", "bits_per_param") < mean("facts-dense", "bits_per_param")
+    # Equal time means no less time.
+    assert mean("facts-dense-long", "seconds") >= 0.9 * mean("facts-memory", "seconds")
 
 
 def test_dense_gets_no_fewer_flops():
-    dense, memory = (set(sum((of(kind, "flops_per_token") for kind in kinds), [])) for kinds in (
-        ("facts-dense", "facts-dense-long"), ("facts-memory", "facts-plus", *list(SLOTS.values())[:-1])))
-    assert len(dense) == 1 and min(dense) >= max(memory)
-    assert f"512 (with which it takes {max(of('facts-n512', 'flops_per_token')) / min(dense) - 1:.0%} more FLOPs than dense)" in README
+    dense = set(of("facts-dense", "flops_per_token") + of("facts-dense-long", "flops_per_token"))
+    assert len(dense) == 1
+    for kind in ("facts-memory", "facts-plus", "facts-n32", "facts-n64", "facts-n256"):
+        assert max(of(kind, "flops_per_token")) <= min(dense), kind
 
 
-SLOTS = {"1,024": "facts-n32", "4,096": "facts-n64", "16,384": "facts-memory", "65,536": "facts-n256", "262,144": "facts-n512"}
+def test_the_main_result():
+    assert f"recalls {times('facts-memory', 'facts-dense')} times as many as the dense" in TEXT
+    assert f"this falls to {times('facts-memory', 'facts-dense-long')} times" in TEXT
+    assert f"Memory+ recalls {times('facts-plus', 'facts-dense')} times as many" in TEXT
+    assert mean("facts-memory", "recall") >= 1.7 * mean("facts-dense", "recall")
+    assert mean("facts-memory", "recall") > mean("facts-dense-long", "recall")
+    pairs = zip(of("facts-memory", "recall"), of("facts-plus", "recall"))
+    assert all(memory > plus for memory, plus in pairs)
+    for kind in COLUMNS.values():
+        assert min(read_times(kind, 64)) > 0.99
+        assert max(read_times(kind, 1)) < 0.06
 
 
-@pytest.mark.parametrize("row, kind", (SLOTS | {"dense": "facts-dense", "dense, twice as wide": "facts-dense-128"}).items())
-def test_more_slots(row, kind):
-    line = next(x for x in README.split("### More slots", 1)[1].splitlines() if x.startswith(f"| {row} |"))
-    for key, digits in (("recall", 3), ("recall_unseen_phrasing", 3), ("val_loss", 3), ("seconds", 0)):
-        assert mean(kind, key, digits) in line, (key, mean(kind, key, digits), line)
-    used = of(kind, "memory_usage")
-    assert f"| {of(kind, 'params')[0]['total']:,} | {of(kind, 'flops_per_token')[0]:,} |" in line
-    assert (f" {100 * statistics.mean(used):.0f}% " in line) if kind in SLOTS.values() else used == [None] * 3
+def test_more_slots():
+    dense, wide = "facts-dense", "facts-dense-128"
+    more, most = "facts-n256", "facts-n512"
+    flops = times(wide, dense, "flops_per_token")
+    assert f"With 65,536 slots the model recalls {times(more, dense)} times as many" in TEXT
+    assert f"and {times(more, wide)} times as many as a dense model twice as wide" in TEXT
+    assert f"which takes {flops} times the FLOPs" in TEXT
+    assert mean(more, "flops_per_token") <= mean(dense, "flops_per_token")
+    assert f"262,144 slots it is {times(most, dense)} and {times(most, wide)} times" in TEXT
+    larger = [f"{total_parameters(kind) / total_parameters(dense):.0f}" for kind in (more, most)]
+    assert f"{larger[0]} and {larger[1]} times the dense model's parameters" in TEXT
 
 
-def test_what_it_claims_of_slots_and_reads():
-    recall = [of(kind, "recall") for kind in ("facts-dense", *SLOTS.values())]
-    assert all(max(few) < min(more) for few, more in zip(recall[1:], recall[2:])), "in every seed"
-    wide, most, more, dense, default = (statistics.mean(of(kind, "recall")) for kind in (
-        "facts-dense-128", "facts-n512", "facts-n256", "facts-dense", "facts-memory"))
-    tuned = [RUNS[f"facts-dense-128-{run}"]["recall"] for run in ("1", "lr3e-3", "lr7.5e-4")]
-    assert max(tuned) == tuned[0] and f"({tuned[0]:.3f} with seed 1; 3e-3: {tuned[1]:.3f}, 7.5e-4: {tuned[2]:.3f})" in README
-    text = " ".join(README.split())
-    assert f"with 65,536 slots {more / dense:.1f} times" in text and f"FLOPs, {more / wide:.1f} times" in text
-    assert f"with 262,144 slots {most / dense:.1f} and {most / wide:.1f} times" in text
-    once = [[next(x["recall"] for x in table if x["from"] == 1) for table in of(kind, "recall_by_exposures")] for kind in ("facts-n512", "facts-dense")]
-    assert f"once 262,144 slots recall {statistics.mean(once[0]):.3f} ± {statistics.stdev(once[0]):.3f}, the dense model {statistics.mean(once[1]):.3f}." in text
-    assert f"84 times with 262,144, of which a step reads {100 * statistics.mean(of('facts-n512', 'memory_usage')):.0f}%; " in text
-    gain = (statistics.mean(of("facts-k8", "recall")) - dense) / (default - dense)
-    assert f"`--mem-topk 8` recalls {mean('facts-k8', 'recall', 3)}: {gain:.0%} of the gain" in text
+def test_fewer_reads():
+    dense = mean("facts-dense", "recall")
+    kept = (mean("facts-k8", "recall") - dense) / (mean("facts-memory", "recall") - dense)
+    assert f"8 instead of 32 keeps {kept:.0%} of the gain" in TEXT
 
 
-def test_what_was_tried():
-    tried = {line.split("|")[2].strip() for line in README.split("What was tried", 1)[1].split("## Speed")[0].splitlines() if line.startswith("|")}
-    runs = [name for name in RUNS if not name.startswith("facts-")] + ["facts-memory-1", "facts-plus-1", "facts-dense-1", "facts-k8-1"]
-    assert len(runs) >= 8 and tried - {"facts recalled", "---"} == {f"{RUNS[name]['recall']:.3f}" for name in runs}
+# ---- numbers of the code
+
+@pytest.mark.parametrize("ffn", ["memory", "dense"])
+def test_sizes(ffn):
+    run = RUNS[f"facts-{ffn}-1"]
+    settings = train.read_settings(["--ffn", ffn])[0]
+    settings.vocab_size = run["vocab_size"]
+    settings.block_size = run["block_size"]
+    model = GPT(settings)
+    assert model.param_counts() == run["params"]
+    assert model.flops_per_token() == run["flops_per_token"]
+    assert f"{run['params']['total']:,}" in README
+    assert f"{run['flops_per_token']:,}" in README
 
 
-def test_what_it_claims_of_recall():
-    memory, plus, dense, long = (statistics.mean(of(kind, "recall")) for kind in KINDS.values())
-    assert all(f"{ratio:.1f} times" in README for ratio in (memory / dense, memory / long, plus / dense, plus / long))
-    assert memory >= 1.7 * dense and memory > long and all(a > b for a, b in zip(of("facts-memory", "recall"), of("facts-plus", "recall")))
-    bits = [f"{statistics.mean(of(kind, 'bits_per_param')):.3f}" for kind in KINDS.values()]
-    assert all(b in README for b in bits)
-    seconds = [round(statistics.mean(of(kind, "seconds"))) for kind in ("facts-dense-long", "facts-memory")]
-    assert f"({seconds[0]} s, the memory model {seconds[1]} s)" in README and seconds[0] >= 0.9 * seconds[1]
+def test_the_worked_example():
+    left, right = [1, 7, 5, 0], [3, 2, 0, 6]
+    assert f"left scores are {left} and its right scores {right}" in TEXT
+    scores = torch.tensor([left, right], dtype=torch.float32)[:, None]  # (2, 1, 4)
+    best, slots = kernel.topk_sums(scores, 2)  # (1, 2) both
+    assert best.tolist() == [[13, 11]]
+    assert slots.tolist() == [[7, 11]]
+    assert "7 + 6 = 13, 7 + 3 = 10 and 5 + 6 = 11" in TEXT
+    assert "reads slot 1·4 + 3 = 7 and slot 2·4 + 3 = 11" in TEXT
+    first, second = best.softmax(-1)[0].tolist()
+    assert f"softmax(13, 11) = {first:.2f} and {second:.2f}" in TEXT
+    candidates = [(i, j) for i in range(2) for j in range(2) if (i + 1) * (j + 1) <= 2]
+    assert "the ranks (0, 0), (0, 1) and (1, 0)" in TEXT
+    assert candidates == [(0, 0), (0, 1), (1, 0)]
+
+
+def test_the_default_layer():
+    s = train.read_settings([])[0]
+    n, K = s.mem_n_keys, s.mem_topk
+    assert f"{2 * n} instead of {n**2:,} in the default run" in TEXT
+    assert f"R = H·K rows: {s.mem_heads * K} of {n**2:,} by default" in TEXT
+    sums = sum(K // (i + 1) for i in range(K))  # pairs of ranks with (i+1)(j+1) <= K
+    assert f"For K = {K} this leaves {sums} sums" in TEXT
+    table = 1024 * s.n_embd
+    mlp = 2 * 4 * s.n_embd**2
+    assert table == 2 * mlp
+    assert "1,024 slots, twice as large as the MLP that it replaces" in TEXT
+
+
+def test_the_presets():
+    facts = train.FACTS["facts"]
+    assert f"{facts['documents']:,} sentences about {facts['people']:,} people" in TEXT
+    asked = sum(row["facts"] for row in RUNS["facts-memory-1337"]["recall_by_exposures"])
+    assert f"asks the model all {asked:,} facts" in TEXT
+    gpu = train.read_settings(["facts-gpu"])[0]
+    people = train.FACTS["facts-gpu"]["people"]
+    assert f"{people:,} people, {gpu.mem_n_keys**2:,} slots" in TEXT
+    web = train.read_settings(["openwebtext"])[0]
+    per_step = web.batch_size * web.block_size
+    tokens = web.max_steps * per_step / 1e9
+    assert f"reads {tokens:.1f} billion tokens, its 2.7 billion {tokens / 2.7:.1f} times" in TEXT
+    assert 2.5 < 5000 * per_step / 1e9 <= 2.7
+
+
+@pytest.mark.slow
+def test_the_corpus(tmp_path):
+    folder = tmp_path / "facts"
+    prepare_data.make_facts(folder, **train.FACTS["facts"])
+    with np.load(folder / "recall.npz") as recall:
+        exposures = recall["exposures"][~recall["control"].astype(bool)]  # (facts,)
+    assert "More than half of the facts occur at most six times." in TEXT
+    assert np.median(exposures) <= 6
+    meta = json.loads((folder / "meta.json").read_text("utf-8"))
+    assert f"{100 / meta['answers']:.1f}% of the time" in TEXT
+
+
+# ---- the example
+
+def test_the_example_runs(capsys):
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    begin = code.index("for step in ")
+    names = {}
+    torch.manual_seed(0)
+    exec(code[:begin], names)
+    net = names["net"]
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    exec(code[begin:], names)
+    losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
+    assert losses[-1] < 0.5 * losses[0]
+    for name, p in net.named_parameters():
+        assert not torch.equal(p, before[name]), name
+    # Both groups together hold all parameters, each once.
+    groups = names["optimizer"].param_groups
+    held = [p for group in groups for p in group["params"]]
+    assert len(held) == len(before)
+    assert groups[1]["params"] == [net.table.values]
+    assert groups[1]["weight_decay"] == 0
+    assert groups[1]["lr"] > groups[0]["lr"]

@@ -1,151 +1,412 @@
-"""sample.py: what it writes is what the model says, and whatever is wrong it says in one line."""
-import base64, codecs, io, re, shutil, signal, subprocess, sys
+"""
+sample.py: it writes what the model says, and whatever is wrong it says in one line.
+
+The runs are tiny: the one that is to know some facts takes 120 steps, the others take two.
+"""
+import base64
+import codecs
+import io
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
-import prepare_data, sample, train
-from model import GPT
 
-TINY = "--n-layer 2 --n-embd 32 --n-head 2 --mem-layers 1 --mem-n-keys 16 --mem-topk 4 --mem-heads 2 --dropout 0.1 --device cpu".split()
+import kernel
+import prepare_data
+import sample
+import train
+from model import GPT
+from train import load_checkpoint
+
+TINY = ("--n-layer 2 --n-embd 32 --n-head 2 --mem-layers 1 --mem-n-keys 16 --mem-topk 4 "
+        "--mem-heads 2 --dropout 0.1 --device cpu").split()
+# Name of a run: its data, its settings.
+RUNS = {
+    "memory": ("facts", "--max-steps 120 --warmup-steps 10 --learning-rate 1e-2"),
+    "dense": ("facts", "--max-steps 2 --ffn dense"),
+    # Facts spelled out in bytes.
+    "bytes": ("spelled", "--max-steps 2"),
+    # Text without windows, and a vocabulary of 400 for 257 tokens.
+    "text": ("text", "--max-steps 2 --block-size 16 --vocab-size 400 --batch-size 8"),
+}
+PEOPLE = 70  # of them 10 are never named
+FACTS = 5 * PEOPLE
+
+
+# ---- the runs, and what sample.py prints of them
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Folders of tiny runs: memory and dense on facts, bytes (facts spelled out), text (no windows, more vocabulary than tokens)."""
-    base, handlers = tmp_path_factory.mktemp("runs"), {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    (base / "some.txt").write_text("<|endoftext|>".join(f"The café № {i} is “open”." for i in range(300)), "utf-8")
-    facts = dict(people=60, documents=4000, val_documents=64, control=10, answers=4)  # 300 facts known, 50 not
+    """A folder with the run folders of RUNS. Tests read them only."""
+    base = tmp_path_factory.mktemp("runs")
+    make_data(base)
+    # train.py takes these signals over. Give them back afterwards.
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "draw", lambda folders, path: None)  # it takes longer than the run
+        for name, (data, settings) in RUNS.items():
+            folders = ["--data", str(base / "data" / data), "--out-dir", str(base / name)]
+            assert train.main([*folders, *TINY, *settings.split()]) == 0
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return base
+
+
+def make_data(base):
+    """The corpora of RUNS."""
+    facts = dict(people=PEOPLE - 10, control=10, answers=4, documents=4000, val_documents=64)
     prepare_data.make_facts(str(base / "data/facts"), **facts)
     prepare_data.make_facts(str(base / "data/spelled"), **facts, tokenizer="bytes")
-    prepare_data.make_text(str(base / "some.txt"), str(base / "data/text"), tokenizer="bytes", workers=1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "draw", lambda *_: None)
-        for name, data, more in [("memory", "facts", "--max-steps 120 --warmup-steps 10 --learning-rate 1e-2"),
-                                 ("dense", "facts", "--max-steps 2 --ffn dense"), ("bytes", "spelled", "--max-steps 2"),
-                                 ("text", "text", "--max-steps 2 --block-size 16 --vocab-size 400 --batch-size 8")]:
-            assert train.main(["--data", str(base / "data" / data), "--out-dir", str(base / name), *TINY, *more.split()]) == 0
-    for number in handlers:
-        signal.signal(number, handlers[number])                             # train.py took them over
-    return base
+    text = "<|endoftext|>".join(f"The café № {i} is “open”." for i in range(300))
+    source = base / "some.txt"
+    source.write_text(text, "utf-8")
+    prepare_data.make_text(str(source), str(base / "data/text"), tokenizer="bytes", workers=1)
+
 
 @pytest.fixture
 def say(runs, capsys):
-    def say(name, *flags):                                                  # -> what is printed; one line goes to stderr
-        sample.main([str(runs / name), "--device", "cpu", *map(str, flags)])
+    """say(name of a run, flags...) -> what sample.py prints."""
+    def say(name, *flags):
+        status = sample.main([str(runs / name), "--device", "cpu", *map(str, flags)])
         out, err = capsys.readouterr()
+        assert status == 0, err
         assert re.fullmatch(rf"{runs / name}: \w+, step \d+, [\d,]+ parameters, on cpu\n", err)
         return out
     return say
 
-def continued(runs, name, ids, steps):
-    """The likeliest tokens after ids, by hand: no cache, no generate."""
-    model, tok = GPT.load(runs / name)[0].eval(), prepare_data.load_tokenizer(runs / name)
+
+@pytest.fixture
+def refuse(capsys):
+    """refuse(command line) -> the line on stderr of a sample.py that ends with status 1."""
+    def refuse(argv):
+        status = sample.main(argv)
+        out, err = capsys.readouterr()
+        assert status == 1
+        assert out == ""
+        assert re.fullmatch("sample.py: .+\n", err)
+        return err.strip()
+    return refuse
+
+
+def load_model(folder):
+    model, _ = load_checkpoint(folder)
+    return model.eval()
+
+
+def first_name(table):
+    """The name in the first row of a table that --recall printed."""
+    first_row = table.splitlines()[1]
+    return " ".join(first_row.split()[:2])
+
+
+# ---- writing
+
+def continued(folder, ids, steps):
+    """ids and the likeliest tokens after them, up to an eot. By hand: no cache, no generate."""
+    model = load_model(folder)
+    tok = prepare_data.load_tokenizer(folder)
+    ids = list(ids)
     for _ in range(steps):
-        ids = ids + [model(torch.tensor([ids]))[0][0, -1, :tok.vocab_size].argmax().item()]
-    return ids[:(ids + [tok.eot]).index(tok.eot, 1)]
+        logits, _ = model(torch.tensor([ids]))  # (1, 1, V)
+        likeliest = logits[0, 0, :tok.vocab_size].argmax().item()
+        if likeliest == tok.eot:
+            break
+        ids.append(likeliest)
+    return ids
 
-def test_temperature_0_is_the_argmax_and_prompts_begin_as_documents_do(runs, say):
+
+def test_temperature_0_takes_the_likeliest_tokens(runs, say):
     tok = prepare_data.load_tokenizer(runs / "memory")
-    name = " ".join(say("memory", "--recall").splitlines()[1].split()[:2])
-    ids = continued(runs, "memory", [tok.eot] + tok.encode(name), 6)        # with windows an eot begins the document
-    assert say("memory", "--prompt", name, "--temperature", 0, "--max-new-tokens", 6) == tok.decode(ids[1:]) + "\n"
-    assert say("memory", "--temperature", 1e-40) == tok.decode(continued(runs, "memory", [tok.eot], 8)[1:]) + "\n"
+    name = first_name(say("memory", "--recall"))
+
+    # Where each document has its window, an eot begins the prompt.
+    ids = continued(runs / "memory", [tok.eot] + tok.encode(name), 6)
+    text = say("memory", "--prompt", name, "--temperature", 0, "--max-new-tokens", 6)
+    assert text == tok.decode(ids[1:]) + "\n"
+
+    # Without a prompt, the eot alone. A temperature close to 0 is 0.
+    ids = continued(runs / "memory", [tok.eot], 8)
+    assert say("memory", "--temperature", 1e-40) == tok.decode(ids[1:]) + "\n"
+
+
+def test_without_windows_the_prompt_alone_is_read(runs, say):
     tok = prepare_data.load_tokenizer(runs / "text")
-    ids = continued(runs, "text", tok.encode("The ca"), 5)                  # without, the prompt alone is read
-    whole = codecs.getincrementaldecoder("utf-8")("replace").decode(b"".join(tok.tokens[i] for i in ids))  # no half of a last character
-    assert say("text", "--prompt", "The ca", "--temperature", 0, "--max-new-tokens", 5) == whole + "\n"
+    ids = continued(runs / "text", tok.encode("The ca"), 5)
+    spelling = b"".join(tok.tokens[i] for i in ids)
+    # An incremental decoder drops the half of a last character, as sample.py does.
+    text = codecs.getincrementaldecoder("utf-8")("replace").decode(spelling)
+    flags = ["--temperature", 0, "--max-new-tokens", 5]
+    assert say("text", "--prompt", "The ca", *flags) == text + "\n"
 
-def test_a_seed_is_a_text(say):
+
+def test_the_seed_decides_the_text(say):
     texts = [say("memory", "--seed", seed) for seed in range(4)]
-    assert texts == [say("memory", "--seed", seed) for seed in range(4)] and len(set(texts)) > 1
-    assert say("memory", "--top-k", 10**9, "--top-p", 1) == say("memory") == say("memory", "--seed", 1337)
-    assert say("memory", "--top-k", 1) == say("memory", "--top-p", 1e-6) == say("memory", "--temperature", 0)
-    assert len(set(say("text", "--num-samples", 5).split("\n---\n"))) == 5
+    again = [say("memory", "--seed", seed) for seed in range(4)]
+    assert texts == again
+    assert len(set(texts)) > 1
+    assert say("memory") == say("memory", "--seed", 1337)
 
-def test_eot_ends_a_sample_and_the_last_of_them_ends_it_all(say, monkeypatch):
+
+def test_samples_of_one_run_differ(say):
+    texts = say("text", "--num-samples", 5).split("\n---\n")
+    assert len(texts) == 5
+    assert len(set(texts)) == 5
+
+
+def test_flags_that_change_nothing_and_flags_that_leave_one_token(say):
+    assert say("memory", "--top-k", 10**9, "--top-p", 1) == say("memory")
+    likeliest = say("memory", "--temperature", 0)
+    assert say("memory", "--top-k", 1) == likeliest
+    assert say("memory", "--top-p", 1e-6) == likeliest
+
+
+def test_eot_ends_a_sample_and_the_last_one_ends_it_all(say, monkeypatch):
+    eot = 256
+
     def generate(self, idx, *_):
-        assert idx.tolist() == [[0x6E, 0x6F]] * 2
-        yield from (torch.tensor([[a], [b]]) for a, b in [(0x41, 0x42), (256, 0x43), (0x44, 256)])
+        assert idx.tolist() == [list(b"no"), list(b"no")]
+        yield torch.tensor([[ord("A")], [ord("B")]])
+        yield torch.tensor([[eot], [ord("C")]])
+        yield torch.tensor([[ord("D")], [eot]])
         raise AssertionError("asked for more than anybody reads")
+
     monkeypatch.setattr(GPT, "generate", generate)
     assert say("text", "--prompt", "no", "--num-samples", 2) == "noA\n---\nnoBC\n"
 
-def test_tokens_without_a_text_are_never_drawn(say):                          # 143 of 400
-    assert len(say("text", "--num-samples", 20, "--temperature", 1000, "--max-new-tokens", 30)) > 100
+
+def test_tokens_without_a_text_are_never_drawn(say):
+    # 143 of the 400 tokens have none. At this temperature all are equally likely.
+    hot = ["--num-samples", 20, "--temperature", 1000, "--max-new-tokens", 30]
+    assert len(say("text", *hot)) > 100
+
 
 def test_text_comes_token_by_token_in_whole_characters(runs, monkeypatch):
-    spoken = list("é€👩!".encode()) + [0xFF, 0x41, 0xE2, 0x82]              # at the end a stray byte, an A, and a character cut short
-    monkeypatch.setattr(GPT, "generate", lambda self, *_: (torch.tensor([[i]]) for i in spoken))
-    parts, stdout = [], io.TextIOWrapper(io.BytesIO(), "utf-8")
+    # At the end a stray byte, an A, and a character cut short.
+    spoken = "é€👩!".encode() + bytes([0xFF, 0x41, 0xE2, 0x82])
+
+    def generate(self, *_):
+        for byte in spoken:
+            yield torch.tensor([[byte]])
+
+    parts = []
+    stdout = io.TextIOWrapper(io.BytesIO(), "utf-8")
+    monkeypatch.setattr(GPT, "generate", generate)
     monkeypatch.setattr(stdout, "write", parts.append)
     monkeypatch.setattr(sys, "stdout", stdout)
-    sample.main([str(runs / "text"), "--prompt", "né"])
-    assert [part for part in parts if part] == ["né", "é", "€", "👩", "!", "\ufffd", "A", "\n"]
+    assert sample.main([str(runs / "text"), "--prompt", "né"]) == 0
+    written = [part for part in parts if part]
+    assert written == ["né", "é", "€", "👩", "!", "\ufffd", "A", "\n"]
 
-@pytest.mark.parametrize("name, flags", [("memory", []), ("memory", ["--ablate-memory"]), ("bytes", []), ("dense", [])])
-def test_recall_agrees_with_the_verdict_of_training(runs, say, name, flags):
-    facts, tok = dict(np.load(runs / name / "recall.npz")), prepare_data.load_tokenizer(runs / name)
-    model, asked = GPT.load(runs / name)[0], 100 if name == "bytes" else 350  # of 70 people x 5
-    for table in model.tables if flags else ():
-        torch.nn.init.zeros_(table.values)
+
+# ---- asking
+
+def verdicts_of_training(folder, ablated):
+    """What train.py says of each fact of a run: {(question, truth, verdict, times read)}."""
+    facts = np.load(folder / "recall.npz")
+    tok = prepare_data.load_tokenizer(folder)
+    model = load_model(folder)
+    if ablated:
+        for table in model.tables:
+            torch.nn.init.zeros_(table.values)
     right, _ = model.answer(facts["seen"], facts["seen_span"])
-    expected = {(tok.decode(w[1:start]), tok.decode(w[start:end]).strip(), "right" if ok else "wrong", "never read" if never else str(n))
-                for w, (start, end), n, never, ok in zip(*map(facts.get, ("seen", "seen_span", "exposures", "control")), right)}
-    _, *lines, last = say(name, "--recall", "--count", asked, *flags).splitlines()
-    found = [re.fullmatch(r"(.{38})(.*?)(\w+) +(right|wrong) +(never read|\d+)", line).groups() for line in lines]
-    assert {(prompt.strip(), *more) for prompt, _, *more in found} <= expected and len(set(found)) == asked
-    assert all((said.strip() == truth) == (verdict == "right") for _, said, truth, verdict, _ in found)
-    count = sum(verdict == "right" for *_, verdict, _ in found)
-    assert last == f"{count} of {len(lines)} right" + ", with all that the memory layers read set to zero" * len(flags)
-    assert (name, flags) != ("memory", []) or 20 < count < 330              # both verdicts occur
+    rows = set()
+    for i, window in enumerate(facts["seen"]):
+        start, end = facts["seen_span"][i]
+        question = tok.decode(window[1:start])
+        truth = tok.decode(window[start:end]).strip()
+        verdict = "right" if right[i] else "wrong"
+        times = "never read" if facts["control"][i] else str(facts["exposures"][i])
+        rows.add((question, truth, verdict, times))
+    return rows
 
-def test_recall_of_one_person_and_a_handful(say):
-    assert (text := say("memory", "--recall")) == say("memory", "--recall") != say("memory", "--recall", "--seed", 1)
-    lines = text.splitlines()
-    assert len(lines) == 12 and re.fullmatch(r"\d+ of 10 right", lines[-1])
-    of_one = say("memory", "--recall", name := " ".join(lines[1].split()[:2])).splitlines()[1:-1]
-    assert len(of_one) == 5 and all(line.startswith(name + " ") for line in of_one) and lines[1] in of_one
+
+@pytest.mark.parametrize("name, flags", [
+    ("memory", []), ("memory", ["--ablate-memory"]), ("bytes", []), ("dense", [])])
+def test_recall_agrees_with_the_verdict_of_training(runs, say, name, flags):
+    asked = 100 if name == "bytes" else FACTS  # spelled out, a fact takes longer
+    _, *lines, last = say(name, "--recall", "--count", asked, *flags).splitlines()
+    found = set()
+    right = 0
+    for line in lines:
+        row = re.fullmatch(r"(.{38})(.*?)(\w+) +(right|wrong) +(never read|\d+)", line)
+        question, said, truth, verdict, times = row.groups()
+        assert (said.strip() == truth) == (verdict == "right")
+        right += int(verdict == "right")
+        found.add((question.strip(), truth, verdict, times))
+    assert len(lines) == len(found) == asked
+    assert found <= verdicts_of_training(runs / name, ablated=bool(flags))
+    summary = f"{right} of {asked} right"
+    if flags:
+        summary += ", with all that the memory layers read set to zero"
+    assert last == summary
+    if name == "memory" and not flags:
+        assert 20 < right < 330, "both verdicts should occur"
+
+
+def test_recall_asks_a_handful(say):
+    table = say("memory", "--recall")
+    assert say("memory", "--recall") == table
+    assert say("memory", "--recall", "--seed", 1) != table
+    lines = table.splitlines()
+    assert len(lines) == 12
+    assert re.fullmatch(r"\d+ of 10 right", lines[-1])
+
+
+def test_recall_asks_all_about_one_person(say):
+    handful = say("memory", "--recall")
+    name = first_name(handful)
+    rows = say("memory", "--recall", name).splitlines()[1:-1]
+    assert len(rows) == 5
+    assert all(row.startswith(name + " ") for row in rows)
+    assert handful.splitlines()[1] in rows
+
 
 def test_ablation_takes_the_memory_away(runs, say):
-    args = sample.read_args([str(runs / "memory"), "--ablate-memory"])
-    assert not torch.allclose(*(m(torch.arange(8)[None])[0] for m in (GPT.load(args.run)[0].eval(), sample.load(args)[0])), atol=1e-2)
-    assert say("memory", "--recall", "--count", 350) != say("memory", "--recall", "--count", 350, "--ablate-memory")
+    args = sample.read_args([str(runs / "memory"), "--ablate-memory", "--device", "cpu"])
+    ablated, _, _ = sample.load(args)
+    whole = load_model(runs / "memory")
+    idx = torch.arange(8)[None]  # (1, T)
+    assert not torch.allclose(whole(idx)[0], ablated(idx)[0], atol=1e-2)
+    ask_all = ["--recall", "--count", FACTS]
+    assert say("memory", *ask_all) != say("memory", *ask_all, "--ablate-memory")
 
-def changed(runs, tmp_path, name="memory", **files):                        # None: without that file
-    shutil.copytree(runs / name, tmp_path / "run")
-    for file, content in files.items():
-        path = next((tmp_path / "run").glob(file + ".*"))
-        path.unlink() if content is None else path.write_bytes(content)
-    return str(tmp_path / "run")
 
-@pytest.mark.parametrize("files, flags, words", [
-    ({}, "--temperature -1", "--temperature -1.0: must be from 0 to 1000"), ({}, "--temperature nan", "--temperature nan"),
-    ({}, "--top-p 0", "--top-p 0.0"), ({}, "--top-p 1.5", "to 1"), ({}, "--top-k 0", "--top-k 0"), ({}, "--seed -1", "--seed -1"),
-    ({}, "--max-new-tokens 0", "--max-new-tokens 0"), ({}, "--count 0", "--count 0"), ({}, "--num-samples 0", "--num-samples 0"),
-    ({}, "--prompt=", "--prompt ''"), ({}, "--recall=Nobody", "'Nobody'.* try \\w+ \\w+ or \\w+ \\w+ or \\w+ \\w+$"),
-    (dict(name="dense"), "--ablate-memory", "is dense, it has no memory layers"), (dict(name="text"), "--recall", "recall.npz .*facts"),
-    (dict(recall=b"PK?"), "--recall", "cannot read .*recall.npz"), (dict(ckpt=b"PK?"), "", "not a whole checkpoint"),
-    (dict(ckpt=None), "", "ckpt.pt does not exist"), (dict(meta=None), "", "meta.json or"), (dict(meta=b"[1"), "", "meta.json or"),
-    (dict(tokenizer=b"!\n\n"), "", "tokenizer.tiktoken is not there or broken"),
-    (dict(tokenizer=b"".join(b"%s 0\n" % base64.b64encode(b"%d" % i) for i in range(999))), "", "1000 tokens > the model's")])
-def test_what_is_wrong_is_said_in_one_line(runs, tmp_path, capsys, files, flags, words):
-    with pytest.raises(SystemExit) as error:
-        sample.main([changed(runs, tmp_path, **files), *flags.split()])
-    assert re.fullmatch("sample.py: .+", error.value.code) and re.search(words, error.value.code)
-    assert capsys.readouterr() == ("", "")
+# ---- the backend
 
-@pytest.mark.parametrize("flags", [["--no-such-flag"], ["--device", "tpu"], ["--top-k", "x"], ["--prompt", "a", "--recall"]])
+def test_the_backend_is_chosen_by_a_flag(runs, say, refuse, monkeypatch):
+    monkeypatch.setattr(kernel, "_backend", "auto")  # so that it is put back afterwards
+    text = say("memory", "--backend", "torch")
+    assert kernel.backend() == "torch"
+    assert say("memory") == text
+    assert kernel.backend() == "auto"
+    # Triton cannot run here, whether it is installed or not.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(kernel, "INTERPRETED", False)
+    message = refuse([str(runs / "memory"), "--backend", "triton"])
+    assert message.startswith("sample.py: backend 'triton' cannot run here: ")
+
+
+# ---- what is wrong
+
+@pytest.mark.parametrize("flags, words", [
+    ("--temperature -1", "--temperature -1.0: must be from 0 to 1000"),
+    ("--temperature nan", "--temperature nan"),
+    ("--top-p 0", "--top-p 0.0"),
+    ("--top-p 1.5", "to 1"),
+    ("--top-k 0", "--top-k 0"),
+    ("--seed -1", "--seed -1"),
+    ("--max-new-tokens 0", "--max-new-tokens 0"),
+    ("--count 0", "--count 0"),
+    ("--num-samples 0", "--num-samples 0"),
+    ("--prompt=", "--prompt ''"),
+    ("--recall=Nobody", r"'Nobody'.* try \w+ \w+ or \w+ \w+ or \w+ \w+$"),
+])
+def test_a_wrong_value_is_refused_in_one_line(runs, refuse, flags, words):
+    assert re.search(words, refuse([str(runs / "memory"), *flags.split()]))
+
+
+@pytest.mark.parametrize("name, flags, words", [
+    ("dense", "--ablate-memory", "is dense, it has no memory layers"),
+    ("text", "--recall", "recall.npz .*facts"),
+])
+def test_what_a_run_lacks_is_said_in_one_line(runs, refuse, name, flags, words):
+    assert re.search(words, refuse([str(runs / name), *flags.split()]))
+
+
+ARRAYS = "recall.npz"
+CHECKPOINT = "ckpt.pt"
+META = "meta.json"
+TOKENS = "tokenizer.tiktoken"
+# A whole tokenizer file, but of more tokens than the model has.
+TOO_MANY_TOKENS = b"".join(base64.b64encode(b"%d" % i) + b" 0\n" for i in range(999))
+
+
+@pytest.mark.parametrize("file, content, flags, words", [
+    (ARRAYS, None, ["--recall"], "cannot read .*recall.npz"),
+    (ARRAYS, b"PK?", ["--recall"], "cannot read .*recall.npz"),
+    (CHECKPOINT, None, [], "ckpt.pt does not exist"),
+    (CHECKPOINT, b"PK?", [], "not a whole checkpoint"),
+    (META, None, [], "meta.json or"),
+    (META, b"[1", [], "meta.json or"),
+    (META, b"1", [], "meta.json or"),
+    (META, b"{}", [], "meta.json or"),
+    (META, b'{"tokenizer": "words", "pattern": 2}', [], "meta.json or"),
+    (META, b'{"tokenizer": "words", "pattern": "("}', [], "meta.json or"),
+    (TOKENS, None, [], "tokenizer.tiktoken is not there or broken"),
+    (TOKENS, b"", [], "tokenizer.tiktoken is not there or broken"),
+    (TOKENS, b"!\n\n", [], "tokenizer.tiktoken is not there or broken"),
+    (TOKENS, b"YQ=\n", [], "tokenizer.tiktoken is not there or broken"),
+    (TOKENS, TOO_MANY_TOKENS, [], "1000 tokens > the model's"),
+])
+def test_a_broken_file_is_refused_in_one_line(runs, tmp_path, refuse, file, content, flags, words):
+    """content None: the file is missing."""
+    folder = tmp_path / "run"
+    shutil.copytree(runs / "memory", folder)
+    (folder / file).unlink()
+    if content is not None:
+        (folder / file).write_bytes(content)
+    assert re.search(words, refuse([str(folder), *flags]))
+
+
+def test_damaged_arrays_are_refused_in_one_line(runs, tmp_path, refuse):
+    """Bytes of recall.npz are changed: it fails in zipfile, in numpy's header or in its array."""
+    folder = tmp_path / "run"
+    shutil.copytree(runs / "memory", folder)
+    path = folder / ARRAYS
+    whole = path.read_bytes()
+    header = whole.index(b"{'descr'")  # of the first array
+    compression = whole.index(b"PK\x01\x02") + 10  # of the first file, in the zip's directory
+    for place, byte in [(header, b"("), (header + 20, b"\xff"), (compression, b"\x63"),
+                        (len(whole) // 4, b"\xff\xff\xff\xff")]:
+        path.write_bytes(whole[:place] + byte + whole[place + len(byte):])
+        assert re.search(r"cannot read .*recall.npz \(\w+\)", refuse([str(folder), "--recall"]))
+
+
+@pytest.mark.parametrize("flags", [
+    ["--no-such-flag"], ["--device", "tpu"], ["--backend", "cuda"], ["--top-k", "x"],
+    ["--prompt", "a", "--recall"]])
 def test_wrong_flags_end_with_2(capsys, flags):
     with pytest.raises(SystemExit) as error:
         sample.main(["out/x", *flags])
-    assert error.value.code == 2 and re.fullmatch("sample.py: .+\n", capsys.readouterr().err)
+    assert error.value.code == 2
+    assert re.fullmatch("sample.py: .+\n", capsys.readouterr().err)
 
-def test_a_reader_who_leaves_and_ctrl_c_end_it_without_a_word(runs):
-    def start(name, *flags, out=subprocess.PIPE):
-        return subprocess.Popen([sys.executable, sample.__file__, str(runs / name), *flags], stdout=out, stderr=subprocess.PIPE, text=True)
-    head = start("memory", "--recall", "--count", "350")
-    busy = start("text", "--num-samples", "2000", "--max-new-tokens", "1000000", out=subprocess.DEVNULL)
-    head.stdout.readline(), head.stdout.close()
+
+# ---- a process of its own
+
+def start(folder, *flags, stdout=subprocess.PIPE):
+    return subprocess.Popen([sys.executable, sample.__file__, str(folder), *flags],
+                            stdout=stdout, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_a_reader_who_leaves_ends_it_without_a_word(runs):
+    head = start(runs / "memory", "--recall", "--count", str(FACTS))
+    head.stdout.readline()
+    head.stdout.close()
+    assert head.wait(60) == -signal.SIGPIPE
+    assert head.stderr.read().count("\n") == 1  # the line about the model
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_it_without_a_word(runs):
+    endless = ["--num-samples", "2000", "--max-new-tokens", "1000000"]
+    busy = start(runs / "text", *endless, stdout=subprocess.DEVNULL)
     assert busy.stderr.readline().startswith(str(runs))
     busy.send_signal(signal.SIGINT)
-    assert busy.wait(60) == -signal.SIGINT and busy.stderr.read() == ""
-    assert head.wait(60) == -signal.SIGPIPE and head.stderr.read().count("\n") == 1
+    assert busy.wait(60) == -signal.SIGINT
+    assert busy.stderr.read() == ""
+
+
+@pytest.mark.slow
+def test_the_exit_status_is_1_when_something_is_wrong(runs):
+    process = start(runs / "nowhere")
+    out, err = process.communicate()
+    assert process.returncode == 1
+    assert out == ""
+    assert re.fullmatch("sample.py: .*ckpt.pt does not exist.*\n", err)

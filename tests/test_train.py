@@ -1,311 +1,875 @@
-"""train.py: batches, exact resume, ranks, the run folder, and what a user sees when something is wrong."""
+"""
+train.py: batches, one step, the run folder, exact resume, and what a user sees when something is
+wrong.
+
+Most tests train a model of 40 steps and some 20,000 parameters, which takes half a second.
+"""
 import contextlib
+import dataclasses
 import json
+import math
 import os
+import platform
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
+import kernel
 import time_steps
 import train
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = ("--n-layer 2 --n-embd 32 --n-head 2 --mem-n-keys 16 --mem-topk 4 --mem-heads 2 --batch-size 16 --log-every 5 --eval-every 10 "
-        "--eval-windows 64 --max-steps 40 --warmup-steps 5 --device cpu").split()
+TINY = ("--n-layer 2 --n-embd 32 --n-head 2 --mem-n-keys 16 --mem-topk 4 --mem-heads 2 "
+        "--batch-size 16 --log-every 5 --eval-every 10 --eval-windows 64 --max-steps 40 "
+        "--warmup-steps 5 --device cpu").split()
+
+
+# ---- runs, and what they leave behind
+
+def flags(data, out, *more):
+    """The command line of a tiny run."""
+    return [*TINY, "--data", str(data), "--out-dir", str(out), *more]
 
 
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
-    """A run that nothing interrupted."""
+    """A run that nothing interrupted. Tests read it only."""
     out = tmp_path_factory.mktemp("out") / "whole"
-    assert train.main([*TINY, "--data", str(data), "--out-dir", str(out), "--dropout", "0.1"]) == 0
+    assert train.main(flags(data, out, "--dropout", "0.1")) == 0
     return out
 
 
-def weights(out):
-    state = GPT.load(out)[1]
-    return state["model"] | {f"tables.{i}.{k}": torch.cat(v, dim=1) for i, table in enumerate(state["tables"]) for k, v in table.items()}
+@pytest.fixture(scope="module")
+def stopped(data, tmp_path_factory):
+    """The same run, stopped by Ctrl-C on its way. Tests that go on with it copy it first."""
+    out = tmp_path_factory.mktemp("out") / "stopped"
+    stop_by_ctrl_c(flags(data, out, "--dropout", "0.1"), out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def dense(data, tmp_path_factory):
+    """The run without memory."""
+    out = tmp_path_factory.mktemp("out") / "dense"
+    assert train.main(flags(data, out, "--ffn", "dense")) == 0
+    return out
+
+
+def read(path):
+    return json.loads(path.read_text())
 
 
 def logged(out):
-    return [{k: v for k, v in json.loads(x).items() if k != "seconds"} for x in (out / "log.jsonl").read_text().splitlines()]
+    """log.jsonl without what differs from run to run: the time."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    for line in lines:
+        del line["seconds"]
+    return lines
 
 
-def in_child(job):
-    """Fork a child that runs job() and exits; returns its pid."""
+def weights(out):
+    """Name: tensor, for all weights and for the moments of the tables."""
+    _, state = train.load_checkpoint(out)
+    tensors = dict(state["model"])
+    for i, table in enumerate(state["tables"]):
+        for name, slices in table.items():
+            tensors[f"tables.{i}.{name}"] = torch.cat(slices, dim=1)
+    return tensors
+
+
+def check_same_run(out, want):
+    """Both folders hold the same run, bit for bit."""
+    assert logged(out) == logged(want)
+    got = weights(out)
+    right = weights(want)
+    assert got.keys() == right.keys()
+    for name in got:
+        assert torch.equal(got[name], right[name]), name
+
+
+def last_step(out):
+    """The step of a checkpoint."""
+    return torch.load(out / "ckpt.pt", weights_only=True)["step"]
+
+
+# ---- processes
+
+def in_child(job, *args):
+    """Fork a process that runs job(*args) and exits with what it returns -> its pid."""
     pid = os.fork()
     if pid == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os._exit(job() or 0)
+        code = 1
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            code = job(*args) or 0
+        except BaseException:
+            traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(code)
     return pid
+
+
+def exit_code(pid):
+    """Wait for a child. Negative: the signal that ended it."""
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def run_slowly(args):
+    """train.main with steps of at least 20 ms, so that it does not end before a signal comes."""
+    fast_step = train.Trainer.step
+
+    def step(trainer, number):
+        time.sleep(0.02)
+        return fast_step(trainer, number)
+
+    train.Trainer.step = step  # only in this child
+    return train.main(args)
+
+
+def stop_by_ctrl_c(args, out):
+    """Start a run in a child and press Ctrl-C after the first line of its log."""
+    log = out / "log.jsonl"
+    pid = in_child(run_slowly, args)
+    deadline = time.monotonic() + 60
+    while not log.exists() or not log.stat().st_size:
+        assert time.monotonic() < deadline, "the run has not begun"
+        time.sleep(0.005)
+    os.kill(pid, signal.SIGINT)
+    assert exit_code(pid) == 130
+    assert 0 < last_step(out) < 40
 
 
 # ---- batches
 
 def loader(data, **changes):
-    s = train.Settings(block_size=9, batch_size=16, seed=3)
-    for k, v in changes.items():
-        setattr(s, k, v)
-    return train.Loader(data, "train", json.loads((data / "meta.json").read_text()), s)
+    """A Loader of the 2,000 windows of the training text."""
+    settings = dict(block_size=9, batch_size=16, seed=3)
+    s = train.Settings(**settings | changes)
+    return train.Loader(data, "train", read(data / "meta.json"), s)
+
+
+def sorted_windows(x):
+    """Windows in an order that does not depend on theirs."""
+    return sorted(bytes(row) for row in np.asarray(x, dtype="<u2"))
 
 
 def test_every_window_once_an_epoch(data):
-    one = loader(data)
-    assert one.windows == 2000
+    batches = loader(data)
+    assert batches.windows == 2000
     steps = 2000 // 16
-    x = torch.cat([one.batch(step, range(16))[0] for step in range(steps)]).numpy()     # (2000, 9)
-    tokens = np.fromfile(data / "train.bin", "<u2")[:-1].reshape(2000, 9)
-    assert sorted(map(bytes, x.astype("<u2"))) == sorted(map(bytes, tokens))
-    second = torch.cat([one.batch(step, range(16))[0] for step in range(steps, 2 * steps)]).numpy()
-    assert sorted(map(bytes, x.astype("<u2"))) == sorted(map(bytes, second.astype("<u2"))) and not np.array_equal(x, second)
+    first = torch.cat([batches.batch(step, range(16))[0] for step in range(steps)])  # (2000, 9)
+    second = torch.cat([batches.batch(steps + step, range(16))[0] for step in range(steps)])
+    text = np.fromfile(data / "train.bin", "<u2")[:-1].reshape(2000, 9)
+    assert sorted_windows(first) == sorted_windows(text)
+    assert sorted_windows(second) == sorted_windows(text)
+    assert not torch.equal(first, second)
 
 
-def test_targets_are_one_further_on_and_batches_need_no_history(data):
+def test_targets_are_one_further_on(data):
     x, y = loader(data).batch(7, range(16))
-    assert torch.equal(x[:, 1:], y[:, :-1]) and x.shape == y.shape == (16, 9)
-    assert x.is_contiguous() and y.is_contiguous()                          # else a copy to a GPU goes by way of another, and is waited for
-    assert all(torch.equal(a, b) for a, b in zip((x, y), loader(data).batch(7, range(16))))
-    assert not torch.equal(x, loader(data, seed=4).batch(7, range(16))[0])
+    assert x.shape == y.shape == (16, 9)
+    assert torch.equal(x[:, 1:], y[:, :-1])
+    # Otherwise a copy to a GPU goes by way of another copy, and is waited for.
+    assert x.is_contiguous() and y.is_contiguous()
+
+
+def test_batches_need_no_history(data):
+    x, y = loader(data).batch(7, range(16))
+    again_x, again_y = loader(data).batch(7, range(16))
+    other_seed, _ = loader(data, seed=4).batch(7, range(16))
+    assert torch.equal(x, again_x)
+    assert torch.equal(y, again_y)
+    assert not torch.equal(x, other_seed)
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_same_global_batch_for_any_number_of_ranks(data, world):
-    for step in (0, 124, 125):                                              # 125 begins the second epoch
-        parts = [loader(data).batch(step, rows)[0] for rows in np.array_split(np.arange(16), world)]
-        assert torch.equal(torch.cat(parts), loader(data).batch(step, range(16))[0])
+    for step in (0, 124, 125):  # 125 begins the second epoch
+        rows_of_ranks = np.array_split(np.arange(16), world)
+        parts = [loader(data).batch(step, rows)[0] for rows in rows_of_ranks]
+        whole_batch, _ = loader(data).batch(step, range(16))
+        assert torch.equal(torch.cat(parts), whole_batch)
 
 
 def test_a_batch_may_span_two_epochs(data):
-    x = loader(data, batch_size=48).batch(2000 // 48, range(48))[0]         # 32 of the first epoch, 16 of the second
-    assert torch.equal(x[-16:], loader(data).batch(125, range(16))[0])
+    # 32 windows of the first epoch, 16 of the second.
+    x, _ = loader(data, batch_size=48).batch(2000 // 48, range(48))
+    second_epoch, _ = loader(data).batch(125, range(16))
+    assert torch.equal(x[-16:], second_epoch)
+
+
+# ---- one step
+
+def make_trainer(data, *more):
+    s, *_ = train.read_settings([*TINY, "--data", str(data), *more])
+    meta = train.fit_to_data(s, world=1)
+    return train.Trainer(s, meta, "cpu")
 
 
 def test_schedule():
     s = train.Settings(warmup_steps=10, max_steps=100)
     rates = [train.schedule(step, s) for step in range(100)]
-    assert rates[0] == pytest.approx(0.1) and max(rates) == rates[9] and rates[99] == pytest.approx(0.01)
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[9]
+    assert rates[99] == pytest.approx(0.01)
     assert all(a > b for a, b in zip(rates[9:], rates[10:]))
 
 
-def test_optimizer_groups_add_up(whole):
-    model, state = GPT.load(whole)
+@pytest.mark.parametrize("micro", [16, 4])
+def test_a_step_by_hand(micro, data):
+    """Its loss and gradient are those of the whole batch, in one forward pass or in four."""
+    trainer = make_trainer(data, "--micro-batch-size", str(micro))
+    model = trainer.model
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    x, y = trainer.loader.batch(3, range(16))
+    _, want = model(x, y)
+    want.backward()
+    table_grad = model.tables[0].values.grad
+    dense_grads = [p.grad for name, p in model.named_parameters() if not name.endswith("values")]
+    want_norms = [torch.cat([grad.flatten() for grad in dense_grads]).norm(), table_grad.norm()]
+    model.zero_grad()
+
+    loss, norms = trainer.step(3)
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+    assert [n.item() for n in norms] == pytest.approx([n.item() for n in want_norms], rel=1e-4)
+    for name, p in model.named_parameters():
+        assert not torch.equal(p, before[name]), name
+        assert p.grad is None, name
+    for optimizer, peak in zip(trainer.optimizers, (trainer.s.learning_rate, trainer.s.value_lr)):
+        for group in optimizer.param_groups:
+            assert group["lr"] == pytest.approx(peak * train.schedule(3, trainer.s))
+
+
+def test_optimizer_groups_add_up(data):
+    model = make_trainer(data).model
     s = train.Settings(learning_rate=1e-3, value_lr=7e-3)
-    (dense, tables), others = model.make_optimizers(s)
-    grouped = [p for o in (dense, tables) for g in o.param_groups for p in g["params"]]
-    assert len({id(p) for p in grouped}) == len(grouped) == len(list(model.parameters())) == 1 + len(others)
-    (group,) = tables.param_groups
-    assert group["params"][0] is model.tables[0].values and group["peak"] == 7e-3 and group["weight_decay"] == 0
-    decayed = next(g for g in dense.param_groups if g["weight_decay"])
-    assert {id(p) for p in decayed["params"]} == {id(p) for n, p in model.named_parameters() if p.dim() == 2 and "wte" not in n and "values" not in n}
+    (dense, tables), others = train.make_optimizers(model, s)
+    groups = dense.param_groups + tables.param_groups
+    grouped = [id(p) for group in groups for p in group["params"]]
+    # Every parameter is in one group, and all but the table's are in `others`.
+    assert len(set(grouped)) == len(grouped) == len(list(model.parameters()))
+    assert len(grouped) == len(others) + 1
 
+    table_group, = tables.param_groups
+    assert table_group["params"][0] is model.tables[0].values
+    assert table_group["peak"] == 7e-3
+    assert table_group["weight_decay"] == 0
 
-def test_only_a_bfloat16_table_is_refused_on_mps(monkeypatch):
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    on_mps = lambda *flags: train.choose_device(train.read_settings(["openwebtext", "--device", "mps", *flags])[0], 1)
-    assert on_mps("--ffn", "dense") == on_mps("--mem-dtype", "float32") == "mps"        # the preset's table is in bfloat16
-    with pytest.raises(train.Trouble, match="--mem-dtype bfloat16 does not train on mps"):
-        on_mps()
-
-
-# ---- the run folder
-
-def test_result_says_what_the_checkpoint_knows(whole, data):
-    r, meta = json.loads((whole / "result.json").read_text()), json.loads((data / "meta.json").read_text())
-    assert set(r) >= set("seed ffn tokens seconds tokens_per_s flops_per_token params peak_memory_bytes val_loss memory_usage memory_kl recall "
-                         "recall_by_exposures recall_control recall_unseen_phrasing bits_stored bits_per_param".split())
-    assert r["tokens"] == 40 * 16 * meta["window"] and r["ffn"] == "memory" and 0 < r["memory_usage"] <= 1 and r["memory_kl"] > 0
-    assert sum(r["params"][k] for k in ("embedding", "dense", "half_keys", "values")) == r["params"]["total"]
-    model, facts = GPT.load(whole)[0], np.load(data / "recall.npz")
-    right, nats = model.answer(facts["seen"], facts["seen_span"])
-    known = ~facts["control"]
-    assert r["recall"] == pytest.approx(right[known].mean()) and r["recall_control"] == pytest.approx(right[~known].mean())
-    rows = r["recall_by_exposures"]
-    assert sum(row["facts"] for row in rows) == known.sum()
-    assert sum(row["facts"] * row["recall"] for row in rows) == pytest.approx(right[known].sum())
-    bits = max(0, known.sum() * np.log2(meta["answers"]) - nats[known].sum() / np.log(2))
-    assert r["bits_stored"] == pytest.approx(bits, rel=1e-4) and r["bits_per_param"] == pytest.approx(bits / r["params"]["total"], rel=1e-4)
-    assert (whole / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((whole / "config.json").read_text())["settings"]["mem_topk"] == 4
-    assert [x["step"] for x in logged(whole)] == list(range(5, 41, 5))
-
-
-def test_two_hundred_steps_learn(data, tmp_path):
-    out = tmp_path / "run"
-    assert train.main([*TINY, "--data", str(data), "--out-dir", str(out), "--max-steps", "200", "--value-lr", "0.02", "--eval-every", "200"]) == 0
-    losses = [x["loss"] for x in logged(out)]
-    assert losses[0] > 4.5 and np.mean(losses[-5:]) < 3
-
-
-PROFILE = """
-import resource, sys, torch, train
-class Counting(torch.profiler.profile):  # page faults between start and stop
-    faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    def start(self):
-        super().start()
-        self.since = Counting.faults()
-    def stop(self):
-        print("FAULTS", Counting.faults() - self.since)
-        super().stop()
-torch.profiler.profile = Counting
-sys.exit(train.main(sys.argv[1:]))
-"""
-
-
-def test_the_profile_is_of_the_step_not_of_the_profiler(data, tmp_path):
-    """What the profiler keeps breaks up freed memory: a step of the default size paid 2,300 page faults, 2 ms, that are not there without it."""
-    done = subprocess.run([sys.executable, "-c", PROFILE, "--profile", "--device", "cpu", "--data", str(data), "--out-dir", str(tmp_path / "run")],
-                          capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert "topk_sums" in done.stdout and "aten::mm" in done.stdout and not (tmp_path / "run" / "ckpt.pt").exists()
-    assert train.read_settings(["--profile"])[0].out_dir == "out/facts-memory-1337-profile"  # not that of a run: it would be refused there
-    if sys.platform == "linux":
-        faults = int(done.stdout.split("FAULTS")[1].split()[0])
-        assert faults < 20 * 200
-
-
-def test_all_is_compiled_before_the_clock_starts(data, tmp_path, monkeypatch):
-    """Steps that count reads have a graph of their own; both are made in the first three steps, which are not timed."""
-    torch._dynamo.reset()
-    steps, compiled, batch, compile = [], [], train.Loader.batch, torch.compile
-
-    def backend(graph, inputs):
-        compiled.append(len(steps))
-        return graph.forward
-    monkeypatch.setattr(train.Loader, "batch", lambda self, step, rows: steps.append(step) or batch(self, step, rows))
-    monkeypatch.setattr(torch, "compile", lambda model: compile(model, backend=backend))
-    assert train.main([*TINY, "--data", str(data), "--out-dir", str(tmp_path / "run"), "--compile", "--max-steps", "12"]) == 0
-    assert len(steps) == 12 and len(compiled) == 2 and max(compiled) <= 3
+    assert all(group["peak"] == 1e-3 for group in dense.param_groups)
+    decayed, = [group for group in dense.param_groups if group["weight_decay"]]
+    matrices = {id(p) for name, p in model.named_parameters()
+                if p.dim() == 2 and "wte" not in name and "values" not in name}
+    assert {id(p) for p in decayed["params"]} == matrices
 
 
 def test_evaluation_takes_fewer_long_windows_at_a_time():
-    model, seen = GPT(GPTConfig(vocab_size=10, block_size=1024, n_layer=1, n_head=1, n_embd=4)), []
+    """Their logits are larger than all else: 16 windows of 1024 tokens, not 64."""
+    model = GPT(GPTConfig(vocab_size=10, block_size=1024, n_layer=1, n_head=1, n_embd=4))
+    sizes = []
 
     class Text:
-        T, windows = 1024, 40
+        T = 1024
+        windows = 40
 
         def window(self, i):
-            seen.append(len(i))
-            return torch.zeros(2, len(i), 1024, dtype=torch.int64)
+            sizes.append(len(i))
+            zeros = torch.zeros(len(i), self.T, dtype=torch.int64)  # (b, T)
+            return zeros, zeros
+
     loss = train.evaluate(model, Text(), 36, contextlib.nullcontext())
-    assert seen == [16, 16, 4] and loss == pytest.approx(model(*Text().window([0]))[1].item(), rel=1e-5)
+    assert sizes == [16, 16, 4]
+    _, want = model(*Text().window([0]))
+    assert loss == pytest.approx(want.item(), rel=1e-5)
+
+
+# ---- the machine
+
+def test_only_a_bfloat16_table_is_refused_on_mps(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+
+    def device(*more):
+        s, *_ = train.read_settings(["openwebtext", "--device", "mps", *more])
+        return train.choose_device(s, 1)
+
+    assert device("--ffn", "dense") == "mps"
+    assert device("--mem-dtype", "float32") == "mps"
+    with pytest.raises(ValueError, match="--mem-dtype bfloat16 does not train on mps"):
+        device()  # the preset's table is in bfloat16
+
+
+def test_the_backend_is_chosen_by_a_flag(monkeypatch):
+    monkeypatch.setattr(kernel, "_backend", "auto")
+    s, *_ = train.read_settings(["--backend", "torch", "--device", "cpu"])
+    assert train.choose_device(s, 1) == "cpu"
+    assert kernel.backend() == "torch"
+    assert kernel.describe_backend("cpu").startswith("memory: torch (chosen by")
+
+
+FREED_MEMORY = """
+import resource, torch, train
+train.keep_freed_memory()
+for i in range(22):
+    torch.ones(2**24)
+    if i in (11, 21):
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("glibc" not in platform.libc_ver(), reason="only glibc has mallopt")
+def test_freed_memory_is_kept():
+    """A block of 64 MiB takes the pages of an earlier one: no new page faults, else 16,384 each."""
+    done = subprocess.run([sys.executable, "-c", FREED_MEMORY], cwd=ROOT, capture_output=True,
+                          text=True, check=True)
+    before, after = (int(number) for number in done.stdout.split())
+    assert after - before < 1000
+
+
+@pytest.mark.parametrize("seconds_between, code", [(0, 0), (1, 0), (4, 130)])
+def test_a_second_ctrl_c_leaves_at_once(seconds_between, code):
+    """Within three seconds it is taken for the first one, which torchrun sends twice."""
+    def press_twice():
+        stop = train.StopRequest()
+        assert not stop
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop
+        stop.time -= seconds_between  # as if the first had been earlier
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop
+
+    assert exit_code(in_child(press_twice)) == code
+
+
+class Clock:
+    """Stands for the module `time`, and goes on only when told to."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def perf_counter(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(train, "time", clock)
+    return clock
+
+
+def test_stopwatch(clock):
+    """A run that is resumed at step 10, after 5 seconds of training."""
+    watch = train.Stopwatch(seconds=5.0, step=10)
+    clock.now += 6
+    assert watch.lap(13, is_last=False) == 2.0  # seconds a step
+    assert watch.seconds == 11.0
+    assert watch.timed_steps == 0  # the first lap only warms up
+
+    clock.now += 50  # an evaluation, which is no training time
+    watch.go_on(13)
+    clock.now += 4
+    assert watch.lap(17, is_last=False) == 1.0
+    assert watch.seconds == 15.0
+    assert (watch.timed_steps, watch.timed_seconds) == (4, 4.0)
+
+    watch.go_on(17)
+    clock.now += 1
+    assert watch.lap(19, is_last=True) == 0.5
+    assert watch.seconds == 16.0
+    assert (watch.timed_steps, watch.timed_seconds) == (6, 5.0)
+
+
+def test_a_run_of_one_lap_has_a_speed(clock):
+    watch = train.Stopwatch(seconds=0.0, step=0)
+    clock.now += 6
+    watch.lap(3, is_last=True)
+    assert (watch.timed_steps, watch.timed_seconds) == (3, 6.0)
+
+
+# ---- what a run prints
+
+def test_describe_run(data):
+    trainer = make_trainer(data)
+    counts = trainer.model.param_counts()
+    run, memory, parameters, text = train.describe_run(trainer, "facts", "an abacus").split("\n")
+    assert run == (f"facts · memory · seed 1337 · an abacus x 1 · torch {torch.__version__} · "
+                   f"compile off")
+    assert memory == kernel.describe_backend("cpu")
+    assert f" + {counts['values']:,} values = {counts['total']:,}, " in parameters
+    # 40 steps of 16 windows of 9 tokens; 2,000 windows and the last target.
+    assert text == f"data: {data}, 18,001 tokens; 40 steps of 144 read it 0.32 times"
+
+    trainer.first_step = 20
+    assert train.describe_run(trainer, "facts", "").endswith(" · resumed at step 20")
+    dense = make_trainer(data, "--ffn", "dense")
+    assert train.describe_run(dense, "facts", "").split("\n")[1] == "no memory layers"
+
+
+def test_log_text():
+    s = train.Settings(batch_size=10, block_size=100, max_steps=400)
+    line = dict(step=100, loss=1.25, lr=3e-3, norm=0.5, memory_usage=None, memory_kl=None)
+    # 1,000 tokens in half a second; 300 steps are left.
+    plain = train.log_text(line, s, seconds_per_step=0.5, flops=1e6, peak=None)
+    assert plain == ("step    100  25% · loss 1.2500 · lr 3.0e-03 · norm 0.50 · 500 ms · "
+                     "2,000 tok/s · 2.5 min left")
+
+    # With memory, on hardware that can do 10 GFLOP/s, of which 2,000 * 1 MFLOP/s are used.
+    line.update(memory_usage=0.25, memory_kl=1.5)
+    full = train.log_text(line, s, seconds_per_step=0.5, flops=1e6, peak=1e10)
+    assert full == plain.replace("tok/s", "tok/s · MFU 20% · slots used 25% KL 1.50")
 
 
 def test_help_says_what_the_default_run_does(capsys):
     with pytest.raises(SystemExit):
         train.read_settings(["--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert all(x in said for x in ("0: n_embd / 2 (16)", "Memory+ (False)", "memory table's values (0.04)"))
+    for words in ("0: n_embd / 2 (16)", "Memory+ (False)", "memory table's values (0.04)"):
+        assert words in said
 
 
-def test_compare_prints_ratios_and_draws(whole, data, tmp_path, capsys):
-    other = tmp_path / "dense"
-    assert train.main([*TINY, "--data", str(data), "--out-dir", str(other), "--ffn", "dense"]) == 0
-    capsys.readouterr()
-    assert train.main(["--compare", str(whole), str(other)]) == 0
-    text, r = capsys.readouterr().out, json.loads((other / "result.json").read_text())
-    assert r["memory_usage"] is None and f"{r['val_loss']:.3f}" in text
-    ratio = json.loads((whole / "result.json").read_text())["val_loss"]
-    assert f"val loss {r['val_loss'] / ratio:.2f}" in text
+# ---- the run folder
+
+RESULT = set("seed ffn tokens seconds tokens_per_s flops_per_token params peak_memory_bytes "
+             "val_loss memory_usage memory_kl recall recall_by_exposures recall_control "
+             "recall_unseen_phrasing bits_stored bits_per_param".split())
+
+
+def test_result_says_what_the_checkpoint_knows(whole, data):
+    result = read(whole / "result.json")
+    meta = read(data / "meta.json")
+    assert RESULT <= set(result)
+    assert result["tokens"] == 40 * 16 * meta["window"]
+    assert result["ffn"] == "memory"
+    assert 0 < result["memory_usage"] <= 1
+    assert result["memory_kl"] > 0
+    params = result["params"]
+    parts = [params[name] for name in ("embedding", "dense", "half_keys", "values")]
+    assert sum(parts) == params["total"]
+
+    # Ask the checkpoint again.
+    model, _ = train.load_checkpoint(whole)
+    facts = np.load(data / "recall.npz")
+    right, nats = model.answer(facts["seen"], facts["seen_span"])  # (F,) both
+    known = ~facts["control"]  # (F,)
+    assert result["recall"] == pytest.approx(right[known].mean())
+    assert result["recall_control"] == pytest.approx(right[~known].mean())
+    rows = result["recall_by_exposures"]
+    assert sum(row["facts"] for row in rows) == known.sum()
+    recalled = sum(row["facts"] * row["recall"] for row in rows)
+    assert recalled == pytest.approx(right[known].sum())
+    bits = known.sum() * math.log2(meta["answers"]) - nats[known].sum() / math.log(2)
+    bits = max(0, bits)
+    assert result["bits_stored"] == pytest.approx(bits, rel=1e-4)
+    assert result["bits_per_param"] == pytest.approx(bits / params["total"], rel=1e-4)
+
+
+def test_files_of_a_run(whole):
+    assert (whole / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert read(whole / "config.json")["settings"]["mem_topk"] == 4
+    assert [line["step"] for line in logged(whole)] == list(range(5, 41, 5))
+
+
+@pytest.mark.slow
+def test_two_hundred_steps_learn(data, tmp_path):
+    out = tmp_path / "run"
+    args = flags(data, out, "--max-steps", "200", "--value-lr", "0.02", "--eval-every", "200")
+    assert train.main(args) == 0
+    losses = [line["loss"] for line in logged(out)]
+    assert losses[0] > 4.5
+    assert np.mean(losses[-5:]) < 3
+
+
+PROFILE = """
+import resource, sys, torch, train
+
+def page_faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+class Counting(torch.profiler.profile):
+    def start(self):
+        super().start()
+        self.before = page_faults()
+
+    def stop(self):
+        print("FAULTS", page_faults() - self.before)
+        super().stop()
+
+torch.profiler.profile = Counting
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_the_profile_is_of_the_step_not_of_the_profiler(data, tmp_path):
+    """What the profiler keeps breaks up freed memory.
+
+    A step of the default size paid 2,300 page faults, 2 ms, that are not there without it. With
+    one thread as with two: 33 in all 20 steps, 26,000 when the profile makes no room for itself.
+    """
+    out = tmp_path / "run"
+    args = ["--profile", "--device", "cpu", "--data", str(data), "--out-dir", str(out)]
+    done = subprocess.run([sys.executable, "-c", PROFILE, *args], capture_output=True, text=True,
+                          cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert "topk_sums" in done.stdout
+    assert "aten::mm" in done.stdout
+    assert not (out / "ckpt.pt").exists()
+    if sys.platform == "linux":
+        faults = int(done.stdout.split("FAULTS")[1].split()[0])
+        assert faults < 20 * 200  # steps * faults
+
+
+def test_a_profile_is_not_refused_where_a_run_has_been():
+    s, *_ = train.read_settings(["--profile"])
+    assert s.out_dir == "out/facts-memory-1337-profile"
+
+
+@pytest.mark.slow
+def test_all_is_compiled_before_the_clock_starts(data, tmp_path, monkeypatch):
+    """Steps that count reads have a graph of their own, so that there are two.
+
+    Both are made in the first three steps, which are not timed.
+    """
+    torch._dynamo.reset()
+    begun = []  # steps that have begun
+    compiled_at = []  # for each graph, in which step it was made
+    real_step = train.Trainer.step
+    real_compile = torch.compile
+
+    def step(trainer, number):
+        begun.append(number)
+        return real_step(trainer, number)
+
+    def backend(graph, inputs):
+        compiled_at.append(len(begun))
+        return graph.forward
+
+    def compile(model):
+        return real_compile(model, backend=backend)
+
+    monkeypatch.setattr(train.Trainer, "step", step)
+    monkeypatch.setattr(torch, "compile", compile)
+    assert train.main(flags(data, tmp_path / "run", "--compile", "--max-steps", "12")) == 0
+    assert len(begun) == 12
+    assert len(compiled_at) == 2
+    assert max(compiled_at) <= 3
+
+
+# ---- pictures and comparison
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are saved while a test runs."""
+    saved = []
+    savefig = Figure.savefig
+
+    def remember(figure, *args, **kwargs):
+        saved.append(figure)
+        savefig(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", remember)
+    return saved
+
+
+def legend(figure):
+    return [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+
+
+def another_seed(folder, out, seed, add):
+    """Copy a run as if it were one of another seed, whose validation losses are higher by `add`."""
+    shutil.copytree(folder, out)
+    config = read(out / "config.json")
+    config["settings"].update(seed=seed, out_dir=str(out))
+    (out / "config.json").write_text(json.dumps(config))
+    result = read(out / "result.json")
+    result["val_loss"] += add
+    (out / "result.json").write_text(json.dumps(result))
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    for line in lines:
+        if "val_loss" in line:
+            line["val_loss"] += add
+    (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return out
+
+
+def test_label():
+    settings = dict(ffn="memory", mem_gate=True, qk_norm=True, mem_n_keys=256, n_embd=64)
+    assert train.label(settings) == "Memory+, 65,536 slots"
+    assert train.label(settings | dict(mem_gate=False)) == "Memory, 65,536 slots"
+    assert train.label(settings | dict(ffn="dense")) == "Dense, width 64"
+
+
+def test_compare_prints_ratios_and_draws(whole, dense, capsys, figures):
+    assert train.main(["--compare", str(whole), str(dense)]) == 0
+    text = capsys.readouterr().out
+    dense_result = read(dense / "result.json")
+    assert dense_result["memory_usage"] is None
+    loss = dense_result["val_loss"]
+    assert f"{loss:.3f}" in text
+    ratio = loss / read(whole / "result.json")["val_loss"]
+    assert "dense / whole: " in text
+    assert f"val loss {ratio:.2f}" in text
     assert (whole.parent / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert legend(figures[0]) == ["Memory, 256 slots", "Dense, width 32"]
+
+
+def test_two_seeds_are_one_line_with_a_band(whole, dense, tmp_path, capsys, figures):
+    """The mean of x and x + 0.5 is x + 0.25, their standard deviation 0.5 / sqrt(2)."""
+    other = another_seed(whole, tmp_path / "other", seed=4, add=0.5)
+    train.compare([whole, other, dense])
+    loss = read(whole / "result.json")["val_loss"]
+    text = capsys.readouterr().out
+    mean_row, = [line for line in text.splitlines() if line.startswith("whole, mean of 2")]
+    assert f"{loss + 0.25:9.3f} ±{0.5 / math.sqrt(2):7.3f}" in mean_row
+
+    figure, = figures
+    assert legend(figure) == ["Memory, 256 slots, 2 seeds", "Dense, width 32"]
+    for ax in figure.axes:
+        assert len(ax.lines) == 2  # Memory and Dense
+        assert len(ax.collections) == 1  # the band of the two seeds
+        assert ax.get_xlabel()
+        assert ax.get_ylabel()
+    losses = np.array([x["val_loss"] for x in logged(whole) if "val_loss" in x])  # (evaluations,)
+    panel = figure.axes[0]
+    assert panel.lines[0].get_ydata() == pytest.approx(losses + 0.25)
+    edges = panel.collections[0].get_paths()[0].vertices[:, 1]
+    assert max(edges) == pytest.approx(max(losses) + 0.25 + 0.5 / math.sqrt(2))
+    assert min(edges) == pytest.approx(min(losses) + 0.25 - 0.5 / math.sqrt(2))
+
+
+def test_runs_of_one_label_are_told_apart_by_their_folders(whole, tmp_path, figures):
+    """Two kinds that differ in a setting which is not in the label."""
+    other = another_seed(whole, tmp_path / "other", seed=1337, add=0.0)
+    config = read(other / "config.json")
+    config["settings"]["mem_heads"] = 4
+    (other / "config.json").write_text(json.dumps(config))
+    train.draw([whole, other], tmp_path / "picture.png")
+    assert legend(figures[0]) == ["Memory, 256 slots (whole)", "Memory, 256 slots (other)"]
+
+
+@pytest.mark.xfail(strict=True, reason="train.read_run leaves the corpus out of a run's kind")
+def test_runs_on_two_corpora_are_no_seeds_of_one_run(whole, tmp_path, figures):
+    """Their settings may be the same, but not the facts that were read often."""
+    other = another_seed(whole, tmp_path / "other", seed=1337, add=0.5)
+    meta = read(other / "meta.json")
+    meta["sha256"]["train.bin"] = "of another text"
+    (other / "meta.json").write_text(json.dumps(meta))
+    result = read(other / "result.json")
+    del result["recall_by_exposures"][-1]
+    (other / "result.json").write_text(json.dumps(result))
+    train.draw([whole, other], tmp_path / "picture.png")
+    assert legend(figures[0]) == ["Memory, 256 slots (whole)", "Memory, 256 slots (other)"]
+
+
+@pytest.mark.xfail(strict=True, reason="train.read_run parses the lines outside of read_json")
+def test_compare_names_a_log_that_is_broken(whole, tmp_path, capfd):
+    out = tmp_path / "broken"
+    shutil.copytree(whole, out)
+    text = (out / "log.jsonl").read_text()
+    (out / "log.jsonl").write_text(text[:-20])
+    check_one_line(capfd, call("--compare", out), str(out / "log.jsonl"))
 
 
 # ---- resume
 
+@pytest.mark.slow
 def test_killed_ten_times_is_the_run_that_never_stopped(whole, data, tmp_path):
-    chance, kills, finished = random.Random(5), 0, 0
-    while kills < 10 or not finished:                                       # a run that ends before its tenth kill makes room for another
+    chance = random.Random(5)
+    kills = 0
+    finished = 0
+    # A run that ends before the tenth kill makes room for another.
+    while kills < 10 or not finished:
         out = tmp_path / f"killed{finished}"
-        args = [*TINY, "--data", str(data), "--out-dir", str(out), "--dropout", "0.1"]
-        args += ["--resume"] * (out / "config.json").exists()
-        pid = in_child(lambda: train.main(args))
+        args = flags(data, out, "--dropout", "0.1")
+        if (out / "config.json").exists():
+            args.append("--resume")
+        pid = in_child(train.main, args)
         if kills < 10:
             time.sleep(chance.uniform(0.02, 0.35))
-            os.kill(pid, signal.SIGKILL)                                    # not waited for yet, so the pid is still the child's
-        status = os.waitpid(pid, 0)[1]
-        if os.WIFSIGNALED(status):
+            os.kill(pid, signal.SIGKILL)  # not waited for yet, so the pid is still the child's
+        code = exit_code(pid)
+        if code == -signal.SIGKILL:
             kills += 1
             continue
-        assert os.waitstatus_to_exitcode(status) == 0 and logged(out) == logged(whole)
-        a, b = weights(out), weights(whole)
-        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+        assert code == 0
+        check_same_run(out, whole)
         finished += 1
     assert kills == 10
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_ctrl_c_saves_and_resumes_to_the_same_bits(whole, data, tmp_path, dtype):
-    out, args = tmp_path / "stopped", [*TINY, "--data", str(data), "--dropout", "0.1", "--mem-dtype", dtype]
-    if dtype != "float32":
-        whole = tmp_path / "whole"
-        assert train.main([*args, "--out-dir", str(whole)]) == 0
-        assert weights(whole)["tables.0.values"].dtype == torch.bfloat16
-    args += ["--out-dir", str(out)]
-    pid = in_child(lambda: train.main(args))
-    while not (out / "log.jsonl").exists() or len((out / "log.jsonl").read_text()) < 10:
-        time.sleep(0.01)
-    os.kill(pid, signal.SIGINT)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    step = torch.load(out / "ckpt.pt", weights_only=True)["step"]
-    assert code == 130 and 0 < step < 40
-    assert train.main(args + ["--resume"]) == 0
-    assert all(torch.equal(v, weights(whole)[k]) for k, v in weights(out).items())
+def test_ctrl_c_saves_and_resumes_to_the_same_bits(whole, stopped, data, tmp_path):
+    out = tmp_path / "resumed"
+    shutil.copytree(stopped, out)
+    assert train.main(flags(data, out, "--dropout", "0.1", "--resume")) == 0
+    check_same_run(out, whole)
+
+
+def test_what_a_resumed_run_may_change(stopped):
+    """What does not change the run. The rest stays as it was."""
+    def settings(*more):
+        s, _, resume, _ = train.read_settings(["--resume", "--out-dir", str(stopped), *more])
+        assert resume
+        return s
+
+    before = settings()
+    assert before.dropout == 0.1
+    changed = settings(
+        "--device", "auto", "--backend", "torch", "--compile", "--micro-batch-size", "4",
+        "--log-every", "7", "--data", "elsewhere", "--mem-parallel", "1")
+    assert changed == dataclasses.replace(
+        before, device="auto", backend="torch", compile=True, micro_batch_size=4, log_every=7,
+        data="elsewhere", mem_parallel=1)
+    # To give a setting again is no change.
+    assert settings("--batch-size", "16") == before
+    for flag in ("--batch-size", "--max-steps", "--mem-heads", "--seed"):
+        with pytest.raises(ValueError, match=f"{flag} 99 is not the run's"):
+            settings(flag, "99")
+
+
+def test_a_resumed_run_forgets_what_it_logged_after_its_checkpoint(whole, stopped, data, tmp_path):
+    """As if it had been killed after its last log line. That line may be torn."""
+    out = tmp_path / "killed"
+    shutil.copytree(stopped, out)
+    lines = (whole / "log.jsonl").read_text().splitlines()
+    later = [line for line in lines if json.loads(line)["step"] > last_step(out)]
+    with open(out / "log.jsonl", "a") as log:
+        log.write(later[0] + "\n" + later[1][:20])
+    assert train.main(flags(data, out, "--dropout", "0.1", "--resume")) == 0
     assert logged(out) == logged(whole)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_two_ranks_and_accumulation_give_the_run_of_one(data, tmp_path, dtype):
-    args = [*TINY, "--data", str(data), "--max-steps", "12", "--mem-dtype", dtype]
-    runs = {"one": (1, []), "micro": (1, ["--micro-batch-size", "4"]), "two": (2, ["--micro-batch-size", "4"])}
-    for name, (ranks, more) in runs.items():
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-        done = subprocess.run([sys.executable, *launch, str(ROOT / "train.py"), *args, *more, "--out-dir", str(tmp_path / name)],
-                              capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
-        assert done.returncode == 0, done.stderr
-    one = [x["loss"] for x in logged(tmp_path / "one")]
-    for name in ("micro", "two"):
-        assert [x["loss"] for x in logged(tmp_path / name)] == pytest.approx(one, rel=2e-5 if dtype == "float32" else 2e-4)
-        for k, v in weights(tmp_path / name).items():
-            off = (v - weights(tmp_path / "one")[k]).abs()                          # AdamW's first steps are signs: summation order shows
-            assert off.max() < 2e-3 if v.dtype == torch.float32 else off.float().mean() < 2e-4, k  # one place of bfloat16 is up to 4e-3
-        assert json.loads((tmp_path / name / "result.json").read_text())["val_loss"] == pytest.approx(
-            json.loads((tmp_path / "one" / "result.json").read_text())["val_loss"], rel=1e-4)
+@pytest.mark.slow
+def test_ctrl_c_and_resume_with_a_bfloat16_table(data, tmp_path):
+    more = ["--dropout", "0.1", "--mem-dtype", "bfloat16"]
+    whole = tmp_path / "whole"
+    assert train.main(flags(data, whole, *more)) == 0
+    assert weights(whole)["tables.0.values"].dtype == torch.bfloat16
+    out = tmp_path / "stopped"
+    stop_by_ctrl_c(flags(data, out, *more), out)
+    assert train.main(flags(data, out, *more, "--resume")) == 0
+    check_same_run(out, whole)
+
+
+def change_settings(out, change):
+    """Make a run folder one that another version has written: change(settings), both copies."""
+    config = read(out / "config.json")
+    change(config["settings"])
+    (out / "config.json").write_text(json.dumps(config))
+    state = torch.load(out / "ckpt.pt", weights_only=True)
+    change(state["settings"])
+    torch.save(state, out / "ckpt.pt")
+
+
+def test_a_run_from_before_the_backend_setting_resumes(whole, stopped, data, tmp_path):
+    def forget_backend(settings):
+        del settings["backend"]
+
+    out = tmp_path / "old"
+    shutil.copytree(stopped, out)
+    change_settings(out, forget_backend)
+    assert train.main(flags(data, out, "--dropout", "0.1", "--resume")) == 0
+    check_same_run(out, whole)
+    assert read(out / "config.json")["settings"]["backend"] == "auto"
+
+
+def test_a_run_with_an_unknown_setting_is_refused(stopped, data, tmp_path, capfd):
+    def add_colour(settings):
+        settings["mem_colour"] = "blue"
+
+    out = tmp_path / "new"
+    shutil.copytree(stopped, out)
+    change_settings(out, add_colour)
+    before = (out / "ckpt.pt").read_bytes()
+    code = call("--resume", "--data", data, "--out-dir", out)
+    check_one_line(capfd, code, "config.json", "unknown setting mem_colour", "--out-dir")
+    assert (out / "ckpt.pt").read_bytes() == before
+
+
+def start_script(args, folder, launcher=()):
+    """Run train.py as its users do, in a folder that is not its own."""
+    command = [sys.executable, *launcher, str(ROOT / "train.py"), *args]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=120,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype, loss_tolerance", [("float32", 2e-5), ("bfloat16", 2e-4)])
+def test_two_ranks_and_accumulation_give_the_run_of_one(dtype, loss_tolerance, data, tmp_path):
+    """They add up the same numbers in another order.
+
+    That shows in the weights: AdamW's first updates are the signs of the gradients, so that a
+    gradient near zero moves its weight by a learning rate in either direction.
+    """
+    one = tmp_path / "one"
+    micro = tmp_path / "micro"
+    two = tmp_path / "two"
+    more = ["--max-steps", "12", "--mem-dtype", dtype]
+    start_script(flags(data, one, *more), tmp_path)
+    more += ["--micro-batch-size", "4"]
+    assert train.main(flags(data, micro, *more)) == 0
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    start_script(flags(data, two, *more), tmp_path, torchrun)
+
+    one_weights = weights(one)
+    for run in (micro, two):
+        losses = [line["loss"] for line in logged(run)]
+        one_losses = [line["loss"] for line in logged(one)]
+        assert losses == pytest.approx(one_losses, rel=loss_tolerance)
+        for name, tensor in weights(run).items():
+            off = (tensor - one_weights[name]).abs().float()
+            if tensor.dtype == torch.float32:
+                assert off.max() < 2e-3, name
+            else:  # one place of bfloat16 is up to 4e-3
+                assert off.mean() < 2e-4, name
+        val_loss = read(run / "result.json")["val_loss"]
+        assert val_loss == pytest.approx(read(one / "result.json")["val_loss"], rel=1e-4)
 
 
 # ---- bad input: one clear line, a non-zero exit, nothing lost
 
-def one_line(capfd, code, *parts):
-    text = capfd.readouterr().err.strip().splitlines()
-    assert code not in (0, None) and len(text) == 1 and text[0].startswith("train.py: ") and "Traceback" not in text[0], text
-    for part in parts:
-        assert part in text[0], (part, text[0])
-
-
 def call(*args):
+    """The exit status of train.py."""
     try:
-        return train.main([str(a) for a in args])
+        return train.main([str(arg) for arg in args])
     except SystemExit as e:
         return e.code
 
 
-@pytest.mark.parametrize("flags, parts", [
+def check_one_line(capfd, code, *parts):
+    """The run failed, and its one line on stderr says these things."""
+    text = capfd.readouterr().err
+    assert code not in (0, None)
+    assert text.startswith("train.py: "), text
+    assert text.count("\n") == 1, text
+    for part in parts:
+        assert part in text, (part, text)
+
+
+BAD_FLAGS = [
     ("--no-such-flag 1", ["--no-such-flag", "--help"]),
     ("--seed many", ["--seed", "many"]),
     ("--mem-layers one", ["--mem-layers", "one"]),
     ("nosuchpreset", ["nosuchpreset"]),
     ("--mem-topk 64 --mem-n-keys 32", ["--mem-topk 64 > 32", "--mem-n-keys"]),
     ("--mem-key-dim 7", ["--mem-key-dim 7"]),
+    ("--mem-heads 0", ["--mem-heads 0"]),
     ("--mem-layers 2", ["--mem-layers 2", "0..1"]),
     ("--n-embd 30", ["--n-embd 30"]),
-    ("--ffn mixture", ["mixture", "dense"]),
+    ("--ffn mixture", ["--ffn mixture is unknown", "dense"]),
     ("--vocab-size 10", ["--vocab-size 10"]),
     ("--block-size 64", ["--block-size 64", "9 tokens"]),
     ("--batch-size 10 --micro-batch-size 4", ["--batch-size 10", "4"]),
@@ -313,39 +877,48 @@ def call(*args):
     ("--learning-rate -1", ["--learning-rate -1"]),
     ("--learning-rate nan", ["--learning-rate nan"]),
     ("--dropout 1.5", ["--dropout 1.5"]),
-    ("--device quantum", ["quantum", "cpu"]),
-    ("--device cuda", ["--device cuda"]) if not torch.cuda.is_available() else ("--mem-heads 0", ["--mem-heads 0"]),
     ("--beta2 1.5", ["--beta2 1.5"]),
+    ("--device quantum", ["--device quantum is not available on this machine", "cpu"]),
+    ("--backend abacus", ["backend 'abacus'", "auto, triton, torch"]),
     ("--data no/such/folder", ["no/such/folder", "prepare_data.py"]),
-])
-def test_bad_flags(flags, parts, data, tmp_path, capfd):
-    code = call(*TINY, "--data", data, "--out-dir", tmp_path / "x", *flags.split())
-    one_line(capfd, code, *parts)
+]
+if not torch.cuda.is_available():
+    BAD_FLAGS.append(("--device cuda", ["--device cuda"]))
+    if not kernel.INTERPRETED:
+        BAD_FLAGS.append(("--backend triton", ["backend 'triton' cannot run here"]))
+
+
+@pytest.mark.parametrize("bad, parts", BAD_FLAGS)
+def test_bad_flags(bad, parts, data, tmp_path, capfd):
+    code = call(*flags(data, tmp_path / "x"), *bad.split())
+    check_one_line(capfd, code, *parts)
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize("name", ["missing", "short", "corrupt", "garbled meta"])
 def test_broken_data(name, data, tmp_path, capfd):
     broken = tmp_path / "facts"
-    broken.mkdir()
-    for file in data.iterdir():
-        (broken / file.name).write_bytes(file.read_bytes())
-    bin = broken / "train.bin"
+    shutil.copytree(data, broken)
+    text = broken / "train.bin"
     if name == "missing":
-        bin.unlink()
+        text.unlink()
     elif name == "short":
-        bin.write_bytes(bin.read_bytes()[:1000])
+        text.write_bytes(text.read_bytes()[:1000])
     elif name == "corrupt":
-        bin.write_bytes(b"\xff\xff" + bin.read_bytes()[2:])
+        text.write_bytes(b"\xff\xff" + text.read_bytes()[2:])
     else:
         (broken / "meta.json").write_text("{")
-    one_line(capfd, call(*TINY, "--data", broken, "--out-dir", tmp_path / "x"), "meta.json" if "meta" in name else "train.bin", "prepare")
+    code = call(*flags(broken, tmp_path / "x"))
+    file = "meta.json" if "meta" in name else "train.bin"
+    check_one_line(capfd, code, file, "prepare")
 
 
 def test_a_run_is_not_overwritten(whole, data, capfd):
     before = (whole / "ckpt.pt").read_bytes()
-    one_line(capfd, call(*TINY, "--data", data, "--out-dir", whole), "--resume", "--out-dir")
-    one_line(capfd, call(*TINY, "--data", data, "--out-dir", whole, "--dropout", "0.1", "--resume"), "finished")
-    one_line(capfd, call(*TINY, "--data", data, "--out-dir", whole, "--resume", "--seed", "4"), "--seed 4", "1337")
+    again = flags(data, whole)
+    check_one_line(capfd, call(*again), "--resume", "--out-dir")
+    check_one_line(capfd, call(*again, "--dropout", "0.1", "--resume"), "finished")
+    check_one_line(capfd, call(*again, "--resume", "--seed", "4"), "--seed 4", "1337")
     assert (whole / "ckpt.pt").read_bytes() == before
 
 
@@ -353,74 +926,92 @@ def test_a_run_is_not_overwritten(whole, data, capfd):
 def test_foreign_checkpoint(content, whole, data, tmp_path, capfd):
     out = tmp_path / "x"
     out.mkdir()
-    (out / "config.json").write_bytes((whole / "config.json").read_bytes())
+    shutil.copy(whole / "config.json", out)
     if content is None:
         torch.save({"weights": torch.zeros(3)}, out / "ckpt.pt")
     else:
         (out / "ckpt.pt").write_bytes(content)
-    one_line(capfd, call("--resume", "--data", data, "--out-dir", out), "ckpt.pt", "checkpoint")
+    code = call("--resume", "--data", data, "--out-dir", out)
+    check_one_line(capfd, code, "ckpt.pt", "checkpoint")
 
 
 def test_nothing_to_resume_or_compare(tmp_path, capfd):
-    one_line(capfd, call("--resume", "--out-dir", tmp_path / "x"), "config.json", "--out-dir")
-    one_line(capfd, call("--compare", tmp_path / "x"), "result.json")
+    code = call("--resume", "--out-dir", tmp_path / "x")
+    check_one_line(capfd, code, "config.json", "--out-dir")
+    code = call("--compare", tmp_path / "x")
+    check_one_line(capfd, code, "result.json")
 
 
 def test_unwritable_folder(data, tmp_path, capfd):
     (tmp_path / "file").write_text("")
-    one_line(capfd, call(*TINY, "--data", data, "--out-dir", tmp_path / "file" / "x"), str(tmp_path / "file" / "x"), "--out-dir")
+    out = tmp_path / "file" / "x"
+    check_one_line(capfd, call(*flags(data, out)), str(out), "--out-dir")
 
 
-def test_full_disk_keeps_the_last_checkpoint(data, tmp_path, capfd):
+def test_full_disk_keeps_the_last_checkpoint(stopped, data, tmp_path, capfd):
     out = tmp_path / "x"
-    args = [*TINY, "--data", str(data), "--out-dir", str(out)]
-    pid = in_child(lambda: train.main(args))
-    while not (out / "ckpt.pt").exists():
-        time.sleep(0.01)
-    os.kill(pid, signal.SIGINT)
-    os.waitpid(pid, 0)
-    step = torch.load(out / "ckpt.pt", weights_only=True)["step"]
+    shutil.copytree(stopped, out)
+    step = last_step(out)
 
-    def without_space():
+    def resume_without_space():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))       # room for the log, not for a checkpoint
-        return train.main(args + ["--resume"])
+        room = 30_000  # bytes a file: enough for the log, not for a checkpoint
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+        return train.main(flags(data, out, "--dropout", "0.1", "--resume"))
+
     capfd.readouterr()
-    one_line(capfd, os.waitstatus_to_exitcode(os.waitpid(in_child(without_space), 0)[1]), "cannot write", "free some space", "ckpt.pt")
-    assert torch.load(out / "ckpt.pt", weights_only=True)["step"] == step and not list(out.glob("*.part"))
+    code = exit_code(in_child(resume_without_space))
+    check_one_line(capfd, code, "cannot write", "free some space", "ckpt.pt")
+    assert last_step(out) == step
+    assert not list(out.glob("*.part"))
 
 
-def test_nan_stops_with_the_last_good_checkpoint(data, tmp_path, capfd):
+def test_nan_at_the_start(data, tmp_path, capfd):
     out = tmp_path / "x"
-    code = call(*TINY, "--data", data, "--out-dir", out, "--learning-rate", "1e30", "--warmup-steps", "0")
-    one_line(capfd, code, "nan", "--learning-rate 1e+30")
+    code = call(*flags(data, out, "--learning-rate", "1e30", "--warmup-steps", "0"))
+    check_one_line(capfd, code, "nan", "--learning-rate 1e+30")
     assert not (out / "ckpt.pt").exists()
 
 
 def test_nan_later_on_leaves_what_was_saved(data, tmp_path, capfd, monkeypatch):
+    def schedule(step, s):
+        return 1.0 if step < 25 else math.nan
+
+    monkeypatch.setattr(train, "schedule", schedule)
     out = tmp_path / "x"
-    monkeypatch.setattr(train, "schedule", lambda step, s: 1.0 if step < 25 else float("nan"))
-    one_line(capfd, call(*TINY, "--data", data, "--out-dir", out), "nan", "step 30", "--value-lr")
-    assert torch.load(out / "ckpt.pt", weights_only=True)["step"] == 20
-    assert all(v.isfinite().all() for v in weights(out).values())
+    check_one_line(capfd, call(*flags(data, out)), "nan", "step 30", "--value-lr")
+    assert last_step(out) == 20
+    for name, tensor in weights(out).items():
+        assert tensor.isfinite().all(), name
 
 
 # ---- tests/time_steps.py
 
-def test_time_steps(data, tmp_path, capsys):
-    """What it times are the steps of a run."""
+def test_time_steps_takes_the_steps_of_a_run(data, tmp_path):
     settings = [*TINY, "--data", str(data), "--max-steps", "6", "--micro-batch-size", "8"]
     assert train.main([*settings, "--out-dir", str(tmp_path / "run")]) == 0
     model, step = time_steps.trainer(settings)
     for _ in range(6):
         step()
     trained = weights(tmp_path / "run")
-    assert all(torch.equal(p, trained[name]) for name, p in model.named_parameters()) and len(trained) > 10
+    assert len(trained) > 10
+    for name, p in model.named_parameters():
+        assert torch.equal(p, trained[name]), name
 
-    capsys.readouterr()
+
+def test_time_steps_prints_a_table(data, capsys):
     time_steps.main([*TINY, "--data", str(data)], seconds=0, warm_up=1)
-    title, dense, *others = capsys.readouterr().out.splitlines()
-    assert "of 12 rounds" in title and dense.startswith("dense ") and dense.endswith(" 1.00 [1.00, 1.00]")
-    for line, kind in zip(others, ("Memory ", "Memory+ "), strict=True):
-        low, high = map(float, line[line.rindex("[") + 1:-1].split(","))
-        assert line.startswith(kind) and 0.2 < low <= float(line.split("]")[1].split()[0]) <= high < 50
+    title, dense, memory, memory_plus = capsys.readouterr().out.splitlines()
+    assert "of 12 rounds" in title
+    assert dense.startswith("dense ")
+    assert dense.endswith(" 1.00 [1.00, 1.00]")
+    assert memory.startswith("Memory ")
+    assert memory_plus.startswith("Memory+ ")
+    for line in (memory, memory_plus):
+        # A name, then milliseconds [quartiles], and times as long as dense [quartiles].
+        numbers = line.split(maxsplit=1)[1]
+        for bracket in "[],":
+            numbers = numbers.replace(bracket, " ")
+        ms, ms_low, ms_high, ratio, low, high = numbers.split()
+        assert float(ms_low) <= float(ms) <= float(ms_high)
+        assert 0.2 < float(low) <= float(ratio) <= float(high) < 50
