@@ -140,7 +140,10 @@ class Tokenizer:
         return self.tiktoken.encode_ordinary(self.with_first_space(text))
 
     def encode_to_numpy(self, text):
-        """As encode, but str -> (tokens,) uint16, little-endian. Other threads run meanwhile."""
+        """The same tokens as a (tokens,) array of little-endian uint16.
+
+        tiktoken releases Python's lock while it encodes, so other threads can run.
+        """
         ids = self.tiktoken.encode_to_numpy(self.with_first_space(text), disallowed_special=())
         return ids.astype("<u2")
 
@@ -153,21 +156,23 @@ class Tokenizer:
 
 
 def make_tokenizer(name, words=()):
-    """A new tokenizer. words: for `words`, the strings that get a token of their own.
+    """A new tokenizer. words: the strings that get a token of their own, if name is "words".
 
-    `bytes` has the 256 bytes as tokens, and `words` has them beside the words, so both encode any
-    text. Raises ValueError if tiktoken cannot download the vocabulary of `gpt2`.
+    The tokens of `bytes` are the 256 bytes. `words` has these bytes, too, so it can spell a word
+    that it does not have. Raises ValueError if tiktoken cannot download the vocabulary of `gpt2`.
     """
     if name != "gpt2":
         single_bytes = [bytes([value]) for value in range(256)]
         return Tokenizer(name, WORDS, single_bytes + [word.encode() for word in words])
     try:
         gpt2 = tiktoken_ext.openai_public.gpt2()
-    except (OSError, ValueError) as error:  # network errors are OSErrors; ValueError: wrong hash
+    except (OSError, ValueError) as error:
+        # All errors of the network are OSErrors. It is a ValueError if tiktoken got something
+        # else, for example the login page of a wireless network.
         raise ValueError(
             f"tiktoken cannot download its gpt2 vocabulary ({type(error).__name__}): set "
-            f"TIKTOKEN_CACHE_DIR to a folder that has it, or take --tokenizer bytes") from None
-    ranks = gpt2["mergeable_ranks"]
+            f"TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer bytes") from None
+    ranks = gpt2["mergeable_ranks"]  # {token: number}
     return Tokenizer(name, gpt2["pat_str"], sorted(ranks, key=ranks.get))
 
 
@@ -206,9 +211,9 @@ def is_finished(out, settings, force):
         if made.get(key) != value:
             differences.append(f"{key} {made.get(key)}, not {value}")
     if differences:
-        raise ValueError(f"{out} was made with {'; '.join(differences)}: take another --out, "
-                         f"or --force to make it anew")
-    print(f"{out} is finished, with these settings (--force makes it anew)")
+        raise ValueError(f"{out} was made with {'; '.join(differences)}: choose another "
+                         f"--out, or replace it with --force")
+    print(f"{out} is finished, with these settings (--force makes it again)")
     return True
 
 
@@ -225,6 +230,7 @@ def unfinished(out):
     try:
         yield temporary
         (out / "meta.json").unlink(missing_ok=True)
+        # False sorts before True, so meta.json is last.
         paths = sorted(temporary.iterdir(), key=lambda path: path.name == "meta.json")
         for path in paths:
             os.replace(path, out / path.name)
@@ -268,15 +274,15 @@ def write_meta(folder, tok, documents, **more):
 
 
 def check_space(needs):
-    """Print how much disk is needed, and stop early if a disk has too little.
+    """Print how much disk space is needed. Raises ValueError if a disk has too little.
 
-    needs: list of (purpose, folder, bytes). Raises ValueError. Folders on the same disk share it,
-    so what they need is added up by disk.
+    needs: list of (purpose, folder, bytes). Folders can be on the same disk, so the needs are added
+    up for each disk.
     """
     wanted = collections.Counter()  # {disk: GB}
     for purpose, folder, size in needs:
         path = Path(folder).absolute()
-        while not path.exists():
+        while not path.exists():  # the folder may not have been made yet
             path = path.parent
         disk = path.stat().st_dev
         free = shutil.disk_usage(path).free / 1e9
@@ -454,7 +460,7 @@ def make_facts(out="data/facts", people=6000, relations=5, answers=64, documents
 
 
 def check_facts(settings):
-    """Refuse settings of make_facts that cannot work: ValueError."""
+    """Raise ValueError for settings of make_facts that cannot work."""
     # fact_windows draws its names from 1.2 * sqrt(people) first names and as many last names.
     most_names = min(len(FIRST_NAMES), len(LAST_NAMES))
     most_people = int((most_names / 1.2) ** 2)
@@ -960,10 +966,9 @@ def make_text(source, out="", tokenizer="gpt2", vocab_size=8192, separator=EOT, 
               workers=os.cpu_count() or 1, force=False):
     """Make the folder `out` from tinystories, openwebtext or a text file, as nanoGPT does.
 
-    The documents stand one after another, with eot after each. source: "tinystories",
-    "openwebtext" or a path. vocab_size: of the `words` tokenizer. workers: threads. The others:
-    see --help. Raises ValueError for settings that cannot work, and if the text is too short or
-    damaged.
+    The documents follow one another, with eot after each. source: "tinystories", "openwebtext" or
+    the path of a text file. Each other parameter is described at its flag, below. Raises ValueError
+    for settings that cannot work, and if a file is damaged or too short or cannot be downloaded.
     """
     is_known = source in SOURCES
     separator = separator.replace("\\n", "\n")
@@ -980,7 +985,8 @@ def make_text(source, out="", tokenizer="gpt2", vocab_size=8192, separator=EOT, 
         vocab_size=vocab_size if tokenizer == "words" else None)
     if is_finished(out, settings, force):
         return
-    # A missing gpt2 vocabulary must show before hours of downloads.
+    # If the gpt2 vocabulary is missing, say so now and not after hours of downloads. A vocabulary
+    # of words can only be made from the text.
     tok = None
     if tokenizer != "words":
         tok = make_tokenizer(tokenizer)
@@ -1004,14 +1010,14 @@ def make_text(source, out="", tokenizer="gpt2", vocab_size=8192, separator=EOT, 
 
 
 def origin(path):
-    """Where a file is from, as meta.json notes it: its place on the hub, or its path."""
+    """What meta.json says about where a file came from: its place on the hub, or its path."""
     if path.name in HUB:
         return HUB[path.name][0] + path.name
     return f"{path.parent}/{path.name}"
 
 
 def check_source(source, local, from_file, small, full):
-    """Refuse files and flags that do not fit the source: ValueError."""
+    """Raise ValueError if a file is missing or a flag does not fit the source."""
     known = list(SOURCES)
     if source not in SOURCES and (small or full or from_file):
         raise ValueError(f"--small, --full, --from-file are for {' and '.join(known)}, not for "
@@ -1027,7 +1033,7 @@ def check_source(source, local, from_file, small, full):
 
 
 def check_text_numbers(vocab_size, separator, val_fraction, workers):
-    """Refuse settings of make_text that cannot work: ValueError."""
+    """Raise ValueError for numbers and separators that cannot work."""
     if not 0 < val_fraction <= 0.5:  # nan fails, too
         raise ValueError(f"--val-fraction {val_fraction}: must be above 0 and at most 0.5")
     if not 258 <= vocab_size <= 65536:
@@ -1040,7 +1046,7 @@ def check_text_numbers(vocab_size, separator, val_fraction, workers):
 
 
 def input_paths(source, local, downloads, small, full):
-    """The files to read, in order. local: those that the user has; none: they are downloaded."""
+    """The files to read, in order. local: the user's own files; if empty, they are downloaded."""
     if local:
         return [Path(path) for path in local]
     if full:
@@ -1053,7 +1059,7 @@ def input_paths(source, local, downloads, small, full):
 
 
 def space_for_text(sizes, local, downloads, out, tokenizer):
-    """What check_space should check, from sizes: {path: bytes}."""
+    """The needs for check_space. sizes: {path of a file to read: bytes}."""
     needs = []
     if not local:
         # Files that are there, whole or in part (name.part), need not be downloaded again.
@@ -1128,7 +1134,8 @@ def make_parser():
     parser.add_argument("source", nargs="?", default="facts",
                         help="facts, tinystories, openwebtext, or the path of a text file")
     parser.add_argument("--out", help="folder to make (data/<name>)")
-    parser.add_argument("--tokenizer", choices=TOKENIZERS, help="(facts: words; texts: gpt2)")
+    parser.add_argument("--tokenizer", choices=TOKENIZERS,
+                        help="default for facts: words; for texts: gpt2")
     parser.add_argument("--force", action="store_true", help="replace a finished folder")
     add_flags(parser.add_argument_group("facts"), make_facts, HELP_FACTS)
     add_flags(parser.add_argument_group("texts"), make_text, HELP_TEXT)
@@ -1154,7 +1161,7 @@ def add_flags(group, function, texts):
 
 
 def prepare(argv):
-    """Do what the command line asks for. Raises ValueError if it is wrong."""
+    """Do what the command line asks for. Raises ValueError if it makes no sense."""
     given = vars(make_parser().parse_args(argv))
     source = given.pop("source")
     make = make_facts if source == "facts" else functools.partial(make_text, source)
@@ -1165,7 +1172,7 @@ def prepare(argv):
 
 
 def main(argv=None):
-    """The command line -> the exit status. What the user can mend is one line on stderr."""
+    """Run the command line. Returns the exit status: 0, or 1 after one line on stderr."""
     try:
         prepare(argv)
         return 0

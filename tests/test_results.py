@@ -1,7 +1,7 @@
-"""What docs/ says is true: its tables are those of runs/report.py, its claims are recomputed, and
-the scripts in runs/ train what the tables need."""
+"""What docs/ says is true: its tables are those of runs/report.py, and its claims are recomputed.
+
+The scripts in runs/, which train what the tables need, are tested in test_runs.py."""
 import json
-import os
 import re
 import statistics
 import subprocess
@@ -18,7 +18,6 @@ import train  # noqa: E402
 RUNS = report.load()
 RESULTS = (ROOT / "docs" / "results.md").read_text("utf-8")
 PARALLEL = (ROOT / "docs" / "parallel.md").read_text("utf-8")
-SCRIPTS = ["facts.sh", "slots.sh", "tuning.sh", "bfloat16.sh", "two_ranks.sh"]
 
 
 def plain(text):
@@ -149,7 +148,8 @@ def test_what_it_claims_of_tuning():
                   f"7.5e-4: {wide[2]:.3f})")
     deviations = [statistics.stdev(report.values(RUNS, kind, "recall"))
                   for kind in ("facts-memory", "facts-plus", "facts-dense")]
-    says(RESULTS, "Memory spreads by {:.3f}, Memory+ by {:.3f}, dense by {:.3f}".format(*deviations))
+    memory, plus, dense = deviations
+    says(RESULTS, f"Memory spreads by {memory:.3f}, Memory+ by {plus:.3f}, dense by {dense:.3f}")
     # Every run of one seed that is in the data stands in the table.
     single = {name for name in RUNS if not name.startswith("facts-")}
     assert single < set(report.TRIED.values())
@@ -166,94 +166,7 @@ def test_two_processes_learn_the_same():
     assert abs(statistics.mean(one) - statistics.mean(two)) < statistics.stdev(one)
 
 
-# ---- the scripts
-
-STUB = """#!/usr/bin/env bash
-echo "$@" >> "$RECORD"
-"""
-
-
-@pytest.fixture
-def script(tmp_path):
-    """A copy of runs/ beside an empty out/, and a stub for python that only records its calls.
-
-    Returns a function: name of a script -> the commands it runs, each a list of words.
-    """
-    (tmp_path / "runs").mkdir()
-    for path in (ROOT / "runs").glob("*.sh"):
-        (tmp_path / "runs" / path.name).write_bytes(path.read_bytes())
-    stub = tmp_path / "stub"
-    stub.write_text(STUB)
-    stub.chmod(0o755)
-
-    def run(name, code=0):
-        record = tmp_path / "record"
-        record.write_text("")
-        env = os.environ | dict(PYTHON=str(stub), RECORD=str(record))
-        done = subprocess.run(["bash", str(tmp_path / "runs" / name)], env=env, cwd="/",
-                              capture_output=True, text=True)
-        assert done.returncode == code, done.stderr
-        return [line.split() for line in record.read_text().splitlines()]
-
-    run.folder = tmp_path
-    return run
-
-
-def started(commands):
-    """The runs that commands begin: name -> flags of train.py without --out-dir."""
-    found = {}
-    for words in commands:
-        if "--compare" in words:
-            continue
-        flags = words[words.index("train.py") + 1:]
-        at = flags.index("--out-dir")
-        name = flags[at + 1].removeprefix("out/")
-        found[name] = flags[:at] + flags[at + 2:]
-    return found
-
-
-def test_the_scripts_make_all_runs_of_the_results(script):
-    """And with the settings behind the numbers: the sizes and the FLOPs agree."""
-    found = {}
-    for name in SCRIPTS:
-        found |= started(script(name))
-    assert found.keys() == RUNS.keys() - {"facts-memory-1337"}
-    for name, flags in found.items():
-        s, preset, resume, runs = train.read_settings(flags)
-        run = RUNS[name]
-        corpus = RUNS["facts-memory-1337"]
-        assert (preset, resume, runs) == ("facts", False, None)
-        assert (s.seed, s.ffn) == (run["seed"], run["ffn"])
-        s.vocab_size = corpus["vocab_size"]
-        s.block_size = corpus["block_size"]
-        assert s.max_steps * s.batch_size * s.block_size == run["tokens"]
-        model = train.GPT(s)
-        assert model.param_counts() == run["params"], name
-        assert model.flops_per_token() == run["flops_per_token"], name
-
-
-def test_finished_runs_are_skipped_and_begun_ones_go_on(script):
-    for name in ("facts-memory-1", "facts-plus-1"):
-        (script.folder / "out" / name).mkdir(parents=True)
-        (script.folder / "out" / name / "config.json").touch()
-    (script.folder / "out" / "facts-memory-1" / "result.json").touch()
-    found = started(script("facts.sh"))
-    assert len(found) == 11
-    assert "facts-memory-1" not in found
-    assert found["facts-plus-1"] == ["--resume"]
-    assert found["facts-dense-1"] == ["--ffn", "dense", "--seed", "1"]
-
-
-def test_a_script_stops_when_a_run_fails(script):
-    (script.folder / "stub").write_text(STUB + "exit 3\n")
-    assert len(script("facts.sh", code=3)) == 1
-
-
-def test_two_ranks_launches_two_processes(script):
-    for words in script("two_ranks.sh"):
-        assert words[:2] == ["-m", "torch.distributed.run"]
-        assert "--nproc_per_node=2" in words
-
+# ---- report.py
 
 def test_report_collects(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "FACTS", tmp_path / "facts.json")

@@ -354,16 +354,20 @@ def test_a_broken_file_is_refused_in_one_line(runs, tmp_path, refuse, file, cont
 
 
 def test_damaged_arrays_are_refused_in_one_line(runs, tmp_path, refuse):
-    """Bytes of recall.npz are changed: it fails in zipfile, in numpy's header or in its array."""
     folder = tmp_path / "run"
     shutil.copytree(runs / "memory", folder)
     path = folder / ARRAYS
     whole = path.read_bytes()
-    header = whole.index(b"{'descr'")  # of the first array
-    compression = whole.index(b"PK\x01\x02") + 10  # of the first file, in the zip's directory
-    for place, byte in [(header, b"("), (header + 20, b"\xff"), (compression, b"\x63"),
-                        (len(whole) // 4, b"\xff\xff\xff\xff")]:
-        path.write_bytes(whole[:place] + byte + whole[place + len(byte):])
+    header = whole.index(b"{'descr'")  # numpy's, of the first array: a dict in Python's syntax
+    method = whole.index(b"PK\x01\x02") + 10  # zip's number of the first array's compression
+    damages = [
+        (header, b"("),
+        (header, b"{('"),  # its strings begin and end elsewhere now
+        (method, bytes([99])),  # no such compression
+        (len(whole) // 4, bytes([255] * 8)),  # the checksum differs
+    ]
+    for place, damage in damages:
+        path.write_bytes(whole[:place] + damage + whole[place + len(damage):])
         assert re.search(r"cannot read .*recall.npz \(\w+\)", refuse([str(folder), "--recall"]))
 
 
