@@ -429,7 +429,8 @@ def make_facts(out="data/facts", people=6000, relations=5, answers=64, documents
     check_facts(settings)
     if is_finished(out, settings, force):
         return
-    # F facts; the number of a fact is person * relations + relation. The control group comes last.
+    # There are F facts. The number of a fact is person * relations + relation, and the people of
+    # the control group have the highest numbers.
     F = (people + control) * relations
     rng = np.random.default_rng(seed)
     tok, windows, spans = fact_windows(rng, people + control, relations, answers, tokenizer)
@@ -481,16 +482,19 @@ def fact_windows(rng, people, relations, answers, tokenizer):
     Returns the tokenizer; windows (F, 5, window) uint16, each fact in all five phrasings; and
     spans (F, 5, 2) int, where in the window the answer begins and ends. F = people * relations.
     """
-    # All pairs of a first and a last name are possible, and no two people have the same pair.
+    # A name is a number: which of the first names times `pool`, plus which of the last names. All
+    # pairs are possible, and no two people have the same one.
     pool = max(8, math.ceil(1.2 * math.sqrt(people)))
     first = rng.choice(FIRST_NAMES, pool, replace=False)
     last = rng.choice(LAST_NAMES, pool, replace=False)
     pairs = rng.choice(pool * pool, people, replace=False)
     names = [f"{first[i // pool]} {last[i % pool]}" for i in pairs]
+    # For each relation: how to say it, and a choice of the words that can answer.
     said = [phrasings for _, *phrasings in RELATIONS[:relations]]
     words = [rng.permutation(known)[:answers].tolist() for known, *_ in RELATIONS[:relations]]
     truth = rng.integers(answers, size=(people, relations))  # (people, relations): which word
 
+    # The texts: each fact in all its phrasings.
     vocabulary = ()
     if tokenizer == "words":
         everything = " ".join(itertools.chain(first, last, *said, *words))
@@ -630,10 +634,12 @@ def documents(texts, separator):
 
 
 def place_to_cut(text):
-    """The last index, at most PIECE, with a space or a line's end at it and neither before it."""
-    # The greedy .* finds the last such place; (?s) lets it run over line ends.
+    """The last place up to PIECE where a word ends and a space or a line's end follows."""
+    # The greedy .* finds the last such place. With (?s) the dot matches line ends, too.
     found = re.compile(r"(?s).*\S(?=[ \n])").match(text, 0, PIECE + 1)
-    return found.end() if found else PIECE
+    if found is None:
+        return PIECE  # no such place, as in a text without spaces
+    return found.end()
 
 
 class Reading(NamedTuple):
@@ -644,7 +650,7 @@ class Reading(NamedTuple):
 
 
 def plan_text(path, separator, val_fraction):
-    """How to split a text file: by document, or inside if it is a single document.
+    """How to split a text file: by document, or within the document if there is only one.
 
     Reads the file up to the end of the second document. Returns a list of one Reading.
     """
@@ -703,8 +709,8 @@ def batches(plan, separator, every):
 def frequent_words(found, vocab_size):
     """The words of a `words` vocabulary, most frequent first.
 
-    found: what batches() yields, of which the training text counts. vocab_size: the 256 bytes and
-    eot are part of it, so there are at most vocab_size - 257 words, of 2 to 64 bytes each.
+    found: what batches() yields; only the training text counts. vocab_size includes the 256 bytes
+    and eot, so there are at most vocab_size - 257 words. Each has 2 to 64 bytes.
     """
     counts = collections.Counter()
     for batch in found:
@@ -714,7 +720,7 @@ def frequent_words(found, vocab_size):
             if not text[:1].isspace():
                 text = " " + text  # as Tokenizer does
             counts.update(re.findall(WORDS, text))
-            # So that memory stays bounded, forget what was rare so far.
+            # Forget what was rare so far, so that memory stays bounded.
             if len(counts) > 2_000_000:
                 counts = collections.Counter(dict(counts.most_common(1_000_000)))
     words = [word for word in counts if 1 < len(word.encode()) <= 64]
@@ -740,8 +746,8 @@ def encode_batch(tok, batch):
 def tokenized(found, tok, workers):
     """Encode batches in order: yields what encode_batch returns. workers: threads, 0 or 1: none.
 
-    Threads suffice, because tiktoken runs outside of Python's lock. At most 2 * workers batches are
-    under way, so memory stays bounded.
+    Threads are enough, because tiktoken releases Python's lock while it encodes. At most
+    2 * workers batches are under way, so memory stays bounded.
     """
     if workers < 2:
         for batch in found:

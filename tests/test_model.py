@@ -321,7 +321,10 @@ def generate(model, idx, n, **settings):
 @pytest.mark.parametrize("block_size, prompt", [(16, 5), (16, 16), (16, 30), (5, 2), (1, 1)])
 def test_cache_changes_nothing(kind, block_size, prompt):
     model, idx = make_model(scale=20, block_size=block_size, **kind).eval(), tokens(3, prompt)
-    seeded = lambda: torch.Generator().manual_seed(1)
+
+    def seeded():
+        return torch.Generator().manual_seed(1)
+
     for settings in (dict(temperature=0), dict(temperature=1.5, top_k=20, top_p=0.95)):
         with_cache, without = (generate(model, idx, 40, use_cache=c, generator=seeded(), **settings) for c in (True, False))
         assert torch.equal(with_cache, without) and with_cache.shape == (3, 40)

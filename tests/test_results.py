@@ -1,7 +1,7 @@
-"""What docs/ says is true: its tables are those of runs/report.py, and its claims are recomputed.
-
-The scripts in runs/, which train what the tables need, are tested in test_runs.py."""
+"""What docs/ says is true: its tables are those of runs/report.py, its claims are recomputed, and
+the scripts in runs/ train what the tables need (test_runs.py has the rest about the scripts)."""
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -18,6 +18,7 @@ import train  # noqa: E402
 RUNS = report.load()
 RESULTS = (ROOT / "docs" / "results.md").read_text("utf-8")
 PARALLEL = (ROOT / "docs" / "parallel.md").read_text("utf-8")
+SCRIPTS = ["facts.sh", "slots.sh", "tuning.sh", "bfloat16.sh", "two_ranks.sh"]
 
 
 def plain(text):
@@ -166,7 +167,82 @@ def test_two_processes_learn_the_same():
     assert abs(statistics.mean(one) - statistics.mean(two)) < statistics.stdev(one)
 
 
-# ---- report.py
+# ---- the scripts
+
+STUB = """#!/usr/bin/env bash
+echo "$@" >> "$RECORD"
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    """A copy of runs/ beside an empty out/, and a stub for python that only records its calls.
+
+    Returns a function: name of a script -> the commands it runs, each a list of words.
+    """
+    (tmp_path / "runs").mkdir()
+    for path in (ROOT / "runs").glob("*.sh"):
+        (tmp_path / "runs" / path.name).write_bytes(path.read_bytes())
+    stub = tmp_path / "stub"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+
+    def run(name, code=0):
+        record = tmp_path / "record"
+        record.write_text("")
+        env = os.environ | dict(PYTHON=str(stub), RECORD=str(record))
+        done = subprocess.run(["bash", str(tmp_path / "runs" / name)], env=env, cwd="/",
+                              capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        return [line.split() for line in record.read_text().splitlines()]
+
+    run.folder = tmp_path
+    return run
+
+
+def started(commands):
+    """The runs that commands begin: name -> flags of train.py without --out-dir."""
+    found = {}
+    for words in commands:
+        if "--compare" in words:
+            continue
+        flags = words[words.index("train.py") + 1:]
+        at = flags.index("--out-dir")
+        name = flags[at + 1].removeprefix("out/")
+        found[name] = flags[:at] + flags[at + 2:]
+    return found
+
+
+def test_the_scripts_make_all_runs_of_the_results(script):
+    """And with the settings behind the numbers: the sizes and the FLOPs agree."""
+    found = {}
+    for name in SCRIPTS:
+        found |= started(script(name))
+    assert found.keys() == RUNS.keys() - {"facts-memory-1337"}
+    for name, flags in found.items():
+        s, preset, resume, runs = train.read_settings(flags)
+        run = RUNS[name]
+        corpus = RUNS["facts-memory-1337"]
+        assert (preset, resume, runs) == ("facts", False, None)
+        assert (s.seed, s.ffn) == (run["seed"], run["ffn"])
+        s.vocab_size = corpus["vocab_size"]
+        s.block_size = corpus["block_size"]
+        assert s.max_steps * s.batch_size * s.block_size == run["tokens"]
+        model = train.GPT(s)
+        assert model.param_counts() == run["params"], name
+        assert model.flops_per_token() == run["flops_per_token"], name
+
+
+def test_a_script_stops_when_a_run_fails(script):
+    (script.folder / "stub").write_text(STUB + "exit 3\n")
+    assert len(script("facts.sh", code=3)) == 1
+
+
+def test_two_ranks_launches_two_processes(script):
+    for words in script("two_ranks.sh"):
+        assert words[:2] == ["-m", "torch.distributed.run"]
+        assert "--nproc_per_node=2" in words
+
 
 def test_report_collects(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "FACTS", tmp_path / "facts.json")
