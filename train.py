@@ -230,8 +230,10 @@ def fit_to_data(s, world):
                          f"tokens, one fact each: leave it out")
     for name, (low, high) in LIMITS.items():
         value = getattr(s, name)
-        if not low <= value <= high:
-            raise ValueError(f"{flag(name)} {value} is not between {low} and {high}: change it")
+        if value > high:
+            raise ValueError(f"{flag(name)} {value} is above {high}: lower it")
+        if not value >= low:  # also when it is nan
+            raise ValueError(f"{flag(name)} {value} is not at least {low}: raise it")
     check_ranks(s, world)
     s.check()
     return meta
@@ -566,8 +568,8 @@ def columns(slices, dims):
 def share_out(n, rank, world):
     """This rank's part of range(n) -> (numbers, how many of them count).
 
-    All ranks get equally many, since ranks that share a table read it together. What is missing at
-    the end is filled up with n - 1.
+    Ranks that share a table must read it equally often. So each rank gets n / world numbers,
+    rounded up. The last ranks repeat n - 1 to fill up, and those repeats do not count.
     """
     each = -(-n // world)
     numbers = np.arange(rank * each, (rank + 1) * each)  # (each,)
@@ -576,6 +578,7 @@ def share_out(n, rank, world):
 
 
 def sum_over_ranks(t):
+    """Add up a tensor over all ranks, in place. Returns it."""
     if dist.is_initialized():
         dist.all_reduce(t)
     return t
@@ -659,7 +662,7 @@ def usage(model):
     if not model.tables:
         return None, None
     for table in model.tables:
-        sum_over_ranks(table.read_weight)
+        sum_over_ranks(table.read_weight)  # in place: each rank counted its own tokens' reads
     return np.mean([table.usage() for table in model.tables], axis=0).tolist()
 
 
@@ -711,7 +714,9 @@ def load_checkpoint(folder, device="cpu", mesh=None):
         state = read_checkpoint(path)
         saved = [read_checkpoint(path.with_name(name)) for name in state["slices"]] or [state]
         settings = dict(state["settings"], mem_layers=tuple(state["settings"]["mem_layers"]))
-        config = {f.name: settings[f.name] for f in dataclasses.fields(GPTConfig)}
+        # A setting that is newer than the checkpoint has its default.
+        names = {f.name for f in dataclasses.fields(GPTConfig)}
+        config = {name: settings[name] for name in names & settings.keys()}
         model = GPT(GPTConfig(**config), mesh)
         weights = dict(state["model"])
         tables = []
@@ -830,18 +835,23 @@ def exposure_label(row):
 def read_run(folder):
     """A finished run -> dict with its name, result (result.json), kind, label and log.
 
-    kind: the settings without those that may differ between runs of one experiment. log: what
-    log.jsonl says at the evaluations.
+    kind: the corpus, and the settings without those that may differ between runs of one experiment.
+    log: the lines of log.jsonl.
     """
     folder = Path(folder)
     way_out = "give folders of finished runs, as out/NAME"
     result = read_json(folder / "result.json", way_out)
     settings = read_json(folder / "config.json", way_out)["settings"]
-    lines = read_json(folder / "log.jsonl", way_out, str.splitlines)
+    log = read_json(folder / "log.jsonl", way_out, parse_lines)
+    corpus = read_json(folder / "meta.json", way_out)["sha256"]
     differ = {"seed", "out_dir", *MAY_CHANGE}
-    kind = json.dumps({name: v for name, v in settings.items() if name not in differ})
-    log = [json.loads(line) for line in lines]
+    same = {name: value for name, value in settings.items() if name not in differ}
+    kind = json.dumps([same, corpus])
     return dict(name=folder.name, result=result, kind=kind, label=label(settings), log=log)
+
+
+def parse_lines(text):
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def label(settings):
@@ -1045,11 +1055,15 @@ class StopRequest:
         return self.time is not None
 
 
+# The first steps of a process compile and warm up, so they are no measure of speed.
+WARM_UP = 3
+
+
 class Stopwatch:
     """Training time, without evaluations and checkpoints.
 
-    seconds: of the whole run, those before a resume included. tokens per second leave out the first
-    steps of a process, which compile and warm up.
+    seconds: of the whole run, those before a resume included. timed_steps, timed_seconds: without
+    the first WARM_UP steps of this process, for the speed.
     """
 
     def __init__(self, seconds, step):
@@ -1065,7 +1079,7 @@ class Stopwatch:
         lap = time.perf_counter() - self.begin
         steps = step - self.since
         self.seconds += lap
-        if self.since > self.first or is_last:
+        if self.since >= self.first + WARM_UP or is_last:
             self.timed_steps += steps
             self.timed_seconds += lap
         return lap / steps
@@ -1165,7 +1179,8 @@ class Trainer:
 
         All are scalar tensors, so that nobody has to wait for the device.
         """
-        torch.manual_seed(hash((self.s.seed, step, self.rank)))  # of dropout
+        # Dropout depends on these three alone, so that a resumed run draws the same masks.
+        torch.manual_seed(hash((self.s.seed, step, self.rank)))
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * schedule(step, self.s)
@@ -1183,13 +1198,12 @@ class Trainer:
         for m in range(self.accumulate):
             rows = self.rows[m * self.micro:(m + 1) * self.micro]
             x, y = (self.to_device(t) for t in self.loader.batch(step, rows))  # (micro, T) both
-            is_last = m + 1 == self.accumulate
-            # DDP averages the gradients over ranks at the end of a backward, once is enough.
-            sync = contextlib.nullcontext() if self.world == 1 or is_last else self.net.no_sync()
-            with sync:
-                with self.ctx:
-                    part = self.net(x, y)[1] / self.accumulate
-                part.backward()
+            if self.world > 1:
+                # DDP averages the gradients over ranks at the end of a backward. Once is enough.
+                self.net.require_backward_grad_sync = m + 1 == self.accumulate
+            with self.ctx:
+                part = self.net(x, y)[1] / self.accumulate
+            part.backward()
             loss += part.detach()
         return loss
 
@@ -1264,17 +1278,18 @@ def train(s, preset, resume):
         is_last = step == s.max_steps
         time_to_evaluate = is_last or step % s.eval_every == 0
         time_to_log = time_to_evaluate or step % s.log_every == 0
-        # Counting takes another graph of torch.compile. Counting in the first step makes it
-        # before anything is timed.
+        # torch.compile makes two graphs, with and without counting reads. We count in the first
+        # step, so that both are there before timing begins.
         is_first = step == trainer.first_step + 1
         trainer.count_reads(time_to_log or is_first)
         loss, norms = trainer.step(step - 1)
 
         # Looking at the loss makes the CPU wait for the device, so we look only when something
         # depends on it. Ranks must look at the same step, since they decide together.
-        warmed_up = step == trainer.first_step + 3
+        warmed_up = step == trainer.first_step + WARM_UP  # ends the lap that is not timed
         may_stop = bool(stop) if world == 1 else step % 10 == 0
-        if not (time_to_log or warmed_up or may_stop):
+        must_look = time_to_log or warmed_up or may_stop
+        if not must_look:
             continue
         loss = sum_over_ranks(loss) / world
         check_finite(loss, norms, step, s)
@@ -1345,10 +1360,11 @@ def make_missing_data(s, preset):
 
 def check_finite(loss, norms, step, s):
     if not torch.isfinite(loss + sum(norms)):
-        raise ValueError(f"the loss is {loss.item():.3g} and the gradient norm "
-                         f"{norms[0].item():.3g} at step {step}: lower --learning-rate "
-                         f"{s.learning_rate} or --value-lr {s.value_lr}; the last good checkpoint, "
-                         f"if one was saved, is in {s.out_dir}")
+        numbers = " and ".join(f"{norm.item():.3g}" for norm in norms)
+        raise ValueError(f"the loss is {loss.item():.3g} and the gradient norm {numbers} at step "
+                         f"{step}: lower --learning-rate {s.learning_rate} or --value-lr "
+                         f"{s.value_lr}; the last good checkpoint, if one was saved, is in "
+                         f"{s.out_dir}")
 
 
 def somebody_wants(stop, device):
@@ -1387,8 +1403,9 @@ def describe_run(trainer, preset, hardware):
                        for name in ("embedding", "dense", "half_keys", "values"))
     epochs = s.max_steps * s.batch_size / trainer.loader.windows
     tokens = f"{len(trainer.loader.tokens):,} tokens"
+    name = s.out_dir if trainer.first_step else preset  # a resumed run may be of any preset
     lines = [
-        f"{preset} · {s.ffn} · seed {s.seed} · {hardware} x {trainer.world} · "
+        f"{name} · {s.ffn} · seed {s.seed} · {hardware} x {trainer.world} · "
         f"torch {torch.__version__} · compile {compiled}",
         memory,
         f"parameters: {parts} = {counts['total']:,}, active {counts['active']:,} · "

@@ -203,6 +203,36 @@ def test_text_comes_token_by_token_in_whole_characters(runs, monkeypatch):
     assert written == ["né", "é", "€", "👩", "!", "\ufffd", "A", "\n"]
 
 
+@pytest.fixture
+def terminal(monkeypatch):
+    """terminal(encoding) -> a buffer with the bytes that have left a stdout of that encoding."""
+    def terminal(encoding):
+        shown = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding))
+        return shown
+    return terminal
+
+
+def test_a_token_is_shown_before_the_next_one_is_made(runs, terminal, monkeypatch):
+    shown = terminal("utf-8")
+
+    def generate(self, *_):
+        for text in (b"no", b"noA", b"noAB"):
+            assert shown.getvalue() == text
+            yield torch.tensor([[ord("A") + len(text) - 2]])
+
+    monkeypatch.setattr(GPT, "generate", generate)
+    assert sample.main([str(runs / "text"), "--prompt", "no"]) == 0
+    assert shown.getvalue().startswith(b"noABC")  # the end of the line waits for the exit
+
+
+def test_a_terminal_that_lacks_a_character_shows_a_question_mark(runs, terminal):
+    shown = terminal("ascii")
+    flags = ["--prompt", "né", "--max-new-tokens", "1"]
+    assert sample.main([str(runs / "text"), *flags]) == 0
+    assert shown.getvalue().startswith(b"n?")
+
+
 # ---- asking
 
 def verdicts_of_training(folder, ablated):
@@ -255,6 +285,19 @@ def test_recall_asks_a_handful(say):
     lines = table.splitlines()
     assert len(lines) == 12
     assert re.fullmatch(r"\d+ of 10 right", lines[-1])
+
+
+def test_a_row_is_shown_before_the_next_fact_is_asked(runs, terminal, monkeypatch):
+    shown = terminal("utf-8")
+    rows = []  # that had been shown when each fact was asked
+
+    def generate(self, *_, temperature):
+        rows.append(max(shown.getvalue().count(b"\n") - 1, 0))  # without the headline
+        yield torch.tensor([[0]])
+
+    monkeypatch.setattr(GPT, "generate", generate)
+    assert sample.main([str(runs / "memory"), "--recall", "--count", "4"]) == 0
+    assert rows == [0, 1, 2, 3]
 
 
 def test_recall_asks_all_about_one_person(say):

@@ -392,7 +392,6 @@ def test_stopwatch(clock):
     assert (watch.timed_steps, watch.timed_seconds) == (6, 5.0)
 
 
-@pytest.mark.xfail(strict=True, reason="train.Stopwatch leaves out one lap, not three steps")
 def test_no_lap_of_the_first_three_steps_is_timed(clock):
     """With --log-every 2, the third step is the first that does not count reads: it compiles."""
     watch = train.Stopwatch(seconds=0.0, step=0)
@@ -672,7 +671,6 @@ def test_runs_of_one_label_are_told_apart_by_their_folders(whole, tmp_path, figu
     assert legend(figures[0]) == ["Memory, 256 slots (whole)", "Memory, 256 slots (other)"]
 
 
-@pytest.mark.xfail(strict=True, reason="train.read_run leaves the corpus out of a run's kind")
 def test_runs_on_two_corpora_are_no_seeds_of_one_run(whole, tmp_path, figures):
     """Their settings may be the same, but not the facts that were read often."""
     other = another_seed(whole, tmp_path / "other", seed=1337, add=0.5)
@@ -686,7 +684,6 @@ def test_runs_on_two_corpora_are_no_seeds_of_one_run(whole, tmp_path, figures):
     assert legend(figures[0]) == ["Memory, 256 slots (whole)", "Memory, 256 slots (other)"]
 
 
-@pytest.mark.xfail(strict=True, reason="train.read_run parses the lines outside of read_json")
 def test_compare_names_a_log_that_is_broken(whole, tmp_path, capfd):
     out = tmp_path / "broken"
     shutil.copytree(whole, out)
