@@ -197,7 +197,8 @@ class GPT(nn.Module):
         C = config.n_embd
         self.tables = nn.ModuleList()
         table_of = {}  # block number: the table that its memory layer reads
-        for layer in config.mem_layers if config.ffn == "memory" else ():
+        memory_blocks = config.mem_layers if config.ffn == "memory" else ()
+        for layer in memory_blocks:
             if not config.mem_share or not self.tables:
                 dtype = getattr(torch, config.mem_dtype)
                 table = MemoryTable(config.mem_n_keys, config.value_dim(), dtype, mesh, init=False)
@@ -290,7 +291,7 @@ class GPT(nn.Module):
                 caches = None
             if caches is None:
                 new = context  # (B, T)
-                caches = [None] * self.config.n_layer
+                caches = [None] * self.config.n_layer  # without use_cache it stays like this
             logits, _ = self(new, caches=caches if use_cache else None)  # (B, 1, V)
             token = sample_token(logits[:, -1].float(), temperature, top_k, top_p, generator)
             context = torch.cat((context, token), dim=1)  # (B, T + 1)
@@ -379,6 +380,7 @@ def sample_token(logits, temperature, top_k, top_p, generator):
         ranked, order = logits.sort(descending=True)  # (B, V) both
         probability = ranked.softmax(-1)  # (B, V)
         before = probability.cumsum(-1) - probability  # (B, V): of all likelier tokens
-        cut = (before >= top_p).scatter(1, order, before >= top_p)  # (B, V), in the logits' order
+        cut = before >= top_p  # (B, V), ranked
+        cut = cut.scatter(1, order, cut)  # (B, V), back in the order of the vocabulary
         logits = logits.masked_fill(cut, float("-inf"))
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)  # (B, 1)

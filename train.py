@@ -484,7 +484,8 @@ def adamw_bfloat16_(values, grad_sum, exp_avg, exp_avg_sq, step, lr, beta1, beta
     Held: 2 + 2 + 2 + 4 bytes a value. Compiled, one pass reads 10 bytes and writes 10.
     """
     device = values.device
-    # As tensors, so that a new number does not compile anew; filled there, so that nothing waits.
+    # torch.compile compiles again for each new Python number, so these are tensors. They are made
+    # on the device, since the CPU would have to wait for a copy.
     scalars = dict(
         scale=scale if torch.is_tensor(scale) else torch.full((), float(scale), device=device),
         rate=torch.full((), lr / (1 - beta1**step), device=device),
@@ -1179,7 +1180,8 @@ class Trainer:
 
         All are scalar tensors, so that nobody has to wait for the device.
         """
-        # Dropout depends on these three alone, so that a resumed run draws the same masks.
+        # Dropout depends on these three alone, so that a resumed run draws the same masks. Python's
+        # hash of numbers is the same in every process.
         torch.manual_seed(hash((self.s.seed, step, self.rank)))
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -1325,6 +1327,7 @@ def train(s, preset, resume):
             return 130
         watch.go_on(step)
 
+    # The last step always logs and evaluates, so `line` and `known` are of that step.
     finish(trainer, watch, line, known)
     return 0
 
