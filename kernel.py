@@ -4,7 +4,7 @@ The two operations that a memory layer is made of:
     gather      y[t] = sum_r weights[t, r] * values[indices[t, r]]
                 read R weighted rows of a table for each token
     topk_sums   the K largest of the n*n sums scores[0, i] + scores[1, j]
-                find those rows, from 2n scores
+                find which rows, from 2n scores
 
 Each one is a ladder. Its first rung is the definition, and that is all you need to understand the
 operation. Then comes what a CPU runs, then the Triton kernels that a GPU runs. The tests hold every
@@ -73,7 +73,7 @@ def uses_triton(device):
 def describe_backend(device):
     """One line for the start of a run: what the operations run on, and why."""
     if uses_triton(device):
-        where = "interpreted on the CPU" if INTERPRETED else torch.cuda.get_device_name(device)
+        where = "interpreted on the CPU" if INTERPRETED else torch.cuda.get_device_name()
         return f"memory: Triton kernels ({where})"
     if _backend == "torch":
         why = "chosen by backend()"
@@ -101,12 +101,12 @@ def gather_reference(values, indices, weights):
 
 
 # --------------------------------------------------------------------------------------------------
-# gather, on a CPU
+# gather, in torch: on a CPU, in float64, and where backend("torch") is chosen
 
 def gather_torch(values, indices, weights):
     """The same without storing the rows: F.embedding_bag adds up each row as it reads it."""
     if values.dtype == torch.bfloat16 and indices.numel() < len(values):
-        # embedding_bag would widen the whole table for these few rows.
+        # embedding_bag needs float32. For a few rows it is less work to widen those alone.
         return gather_reference(values, indices, weights)
     wide = values.to(weights.dtype)  # (S, D)
     y = F.embedding_bag(indices, wide, mode="sum", per_sample_weights=weights)  # (N, D)
@@ -124,14 +124,14 @@ def group_by_slot(indices, S):
     the lookups 1 and 2, which belong to the tokens 1 // R = 0 and 2 // R = 1. So the gradient of
     values[1] is weights.flatten()[1] * grad_y[0] + weights.flatten()[2] * grad_y[1].
     """
-    # It is a radix sort: half the bits are half the work.
+    # torch sorts integers by radix: half the bits are half the work.
     small = torch.int16 if S <= 2**15 else torch.int32
     slots, order = torch.sort(indices.reshape(-1).to(small), stable=True)
     return slots, order.int()
 
 
 def values_gradient_torch(grad_y, indices, weights, S):
-    """Slot s gets the weighted sum of grad_y over the lookups that read s: a gather itself.
+    """Slot s gets the weighted sum of grad_y over the lookups that read s: a gather again.
 
     grad_y (N, D), indices, weights (N, R) -> (S, D).
     """
@@ -148,18 +148,20 @@ def weights_gradient_torch(grad_y, values, indices):
     """The gradient of weights[t, r] is the dot product <grad_y[t], values[indices[t, r]]>.
 
     These are N*R of the N*S numbers in grad_y @ values.T. sampled_addmm computes just those,
-    without storing the rows. Gathering them takes 1.2 times as long a training step on a CPU.
+    without storing the rows. Gathering them makes a training step 1.2 times as long on a CPU.
     grad_y (N, D), values (S, D) -> (N, R).
     """
     N, R = indices.shape
     S = len(values)
-    # A sparse matrix holds no more numbers in a row than it has columns.
+    # A sparse matrix should have no more entries in a row than columns.
     if values.device.type != "cpu" or R > S:
         return torch.einsum("nd,nrd->nr", grad_y, values[indices])  # (N, R)
+    # Columns are in no order and may repeat. A CSR matrix forbids that, but nobody checks it here,
+    # and sampled_addmm does not mind: it computes one number for each entry.
     row_begins = torch.arange(0, N * R + 1, R, dtype=torch.int32)  # (N+1,)
     columns = indices.int().view(-1)  # (L,)
     places = torch.sparse_csr_tensor(row_begins, columns, grad_y.new_zeros(N * R), (N, S),
-                                     check_invariants=False)  # (N, S) with R places in each row
+                                     check_invariants=False)  # (N, S) with R entries in each row
     return torch.sparse.sampled_addmm(places, grad_y, values.T, beta=0.0).values().view(N, R)
 
 
@@ -182,8 +184,8 @@ def gather_backward_torch(grad_y, values, indices, weights):
 # which part of the work is its own. A program handles whole blocks of numbers: tl.arange(0, 256) is
 # 256 integers, `values + d` are as many addresses, tl.load reads them all, except where the mask is
 # false. The threads of a program share the block's numbers among them; 32 threads are a warp. A
-# tl.constexpr is known when the kernel is compiled. Block sizes must be, and must be powers of two,
-# which is why there are masks.
+# tl.constexpr is known when the kernel is compiled. Block sizes must be constexpr, and powers of
+# two, which is why there are masks.
 
 if triton is not None:
     @triton.jit
@@ -223,11 +225,13 @@ if triton is not None:
         gets its gradient, the dot product <grad_y[token], values[slot]>.
 
         Example, CHUNK = 4, slots 1 1 2 3 | 3 3 3 5: slot 2 is finished here, and the edges are
-        slots 1, 3 | 3, 5. The next round adds up the two parts of slot 3.
+        slots 1, 3 | 3, 5. The next round adds up the two parts of slot 3. (A chunk of one slot has
+        one sum; its other edge stays zero.)
 
         grad_y (N, D), values, grad_values (S, D), weights (N*R,), slots, order (L,) from
         group_by_slot, edges (2 * programs, D) zeros, edge_slots (2 * programs,). A program handles
-        BLOCK_D dims, so that of grad_w (D / BLOCK_D, L) it writes one row; the caller sums them.
+        BLOCK_D dims, so of grad_w (ceil(D / BLOCK_D), L) it writes one row; the caller sums them.
+        In later rounds grad_y is the edges, R is 1, and nobody uses grad_w.
         """
         p = tl.program_id(0)
         block = tl.program_id(1)
@@ -276,7 +280,8 @@ def tile(D):
     """How much of a table with D dims a program reads at a time -> (rows, dims, warps).
 
     A thread reads 8 numbers of a row at once: 16 bytes of bfloat16. D & -D is the largest power of
-    two that divides D; a block of so many dims wastes no thread.
+    two that divides D, so a block of so many dims wastes no thread. It is at least 256, a full
+    warp, and at most 1,024.
     """
     dims = min(max(D & -D, 256), triton.next_power_of_2(D), 1024)
     rows = max(2048 // dims, 4)
@@ -306,8 +311,8 @@ def gather_backward_triton(grad_y, values, indices, weights, grad_values, chunk=
     """Add the gradient of the values to grad_values (S, D) float32, return that of the weights.
 
     That is (N, R) float32. A slot that everybody reads fills many chunks, so many programs share
-    it. Each round leaves two lookups of a chunk. chunk must be at least 4, so that each round is
-    shorter. There are no atomics: everything is summed in a fixed order.
+    it. Each round leaves two lookups of a chunk, so with a chunk of at least 4 every round is
+    shorter than the last. There are no atomics: everything is summed in a fixed order.
     """
     N, R = indices.shape
     D = values.shape[1]
@@ -374,7 +379,8 @@ def gather(values, indices, weights, grad_sum=None):
             f"indices {tuple(indices.shape)}, weights {tuple(weights.shape)}")
     weights = weights.to(torch.promote_types(values.dtype, torch.float32))  # (N, R)
     is_empty = values.numel() == 0 or indices.numel() == 0
-    on_mps = values.device.type == "mps" and grad_sum is None  # few operations exist there
+    # mps lacks our operations. A grad_sum is not supported there (train.py refuses it).
+    on_mps = values.device.type == "mps" and grad_sum is None
     if is_empty or on_mps:
         return gather_reference(values, indices, weights)  # (N, D)
     indices = indices.int().contiguous()  # (N, R)
@@ -384,6 +390,7 @@ def gather(values, indices, weights, grad_sum=None):
 @torch.library.custom_op("nanomemory::gather", mutates_args=())
 def gather_op(values: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor,
               grad_sum: torch.Tensor | None) -> torch.Tensor:
+    """grad_sum is handed on to the backward, see gather_save."""
     if uses_triton(values.device) and values.dtype != torch.float64:
         return gather_triton(values, indices, weights)
     return gather_torch(values, indices, weights)
@@ -457,7 +464,7 @@ def candidates(K, device="cpu"):
     """The pairs of ranks (i, j) that can be among the K largest sums of two sorted lists.
 
     Ranks begin at 0. The i+1 best of one list and the j+1 best of the other make (i+1)(j+1) sums,
-    and none is below that of the pair (i, j) itself. If they are more than K, the pair can be left
+    and none is below that of the pair (i, j) itself. If (i+1)(j+1) > K, the pair can be left
     out. K = 32 leaves M = 119 pairs of 1,024. Returns (2, M) int64.
     """
     pairs = [(i, j) for i in range(K) for j in range(K) if (i + 1) * (j + 1) <= K]
@@ -499,10 +506,10 @@ def sort_by_score_(words):
 
 
 def topk_sums_cpu(scores, K):
-    """The method with sorts: torch.topk instead makes a training step a third longer.
+    """The method with sorts. torch.topk would make a training step a third longer.
 
     A half-key becomes the complex number `index + 1j * score`, so that sorting by score carries the
-    index along, and one addition makes both numbers that are wanted of a pair: the slot i*n + j and
+    index along, and one addition makes both numbers that we want for a pair: the slot i*n + j and
     the sum of the scores.
 
     Example, n = 4, K = 2, left scores [1, 7, 5, 0], right scores [3, 2, 0, 6]:
@@ -525,22 +532,22 @@ def topk_sums_cpu(scores, K):
     sort_by_score_(words)
     left, right = words[..., -K:]  # (rows, K) both, largest last: rank i is column ~i
 
-    # Every candidate pair has a rank i below sqrt(K), on one side, and its partner is one of the
-    # K // (i+1) best on the other. So for each i: the pairs (i, i), (i, i+1), ... of left and
-    # right, then the pairs (i+1, i), (i+2, i), ...
+    # Every candidate pair has a smaller rank i with (i+1)**2 <= K, on one side, and its partner is
+    # one of the K // (i+1) best on the other. Columns run from worst to best, so rank r is column
+    # K-1-r, which is ~r, and the columns last, ..., K-1-i hold the ranks from K // (i+1) - 1 to i.
     sums = left.new_empty(len(left), candidates(K).shape[1])  # (rows, M)
     done = 0
     for i in range(math.isqrt(K)):
-        end = K - K // (i + 1)  # the column of the last partner
-        for x, y in ((left[:, ~i, None], right[:, end:K - i]),
-                     (left[:, end:K - i - 1], right[:, ~i, None])):
+        last = K - K // (i + 1)
+        for x, y in ((left[:, ~i, None], right[:, last:K - i]),  # (i, i), (i, i+1), ...
+                     (left[:, last:K - i - 1], right[:, ~i, None])):  # (i+1, i), (i+2, i), ...
             pairs = x.shape[1] * y.shape[1]
             torch.add(x, y, out=sums[:, done:done + pairs])
             done += pairs
     sort_by_score_(sums)
     top = sums[:, -K:].flip(-1).view(*scores.shape[1:-1], K)  # (..., K), largest first
     best = top.imag.contiguous()  # (..., K)
-    # torch multiplies what it adds by 1 + 0j, and 0 times an infinite score spoils the index.
+    # torch.add computes x + alpha * y with alpha = 1 + 0j, and 0 times an infinite score is nan.
     if not best.sum().isfinite():
         return topk_sums_reference(scores, K)
     return best, top.real.int()
@@ -614,7 +621,7 @@ if triton is not None:
         k = tl.arange(0, BLOCK_K)  # (BLOCK_K,)
 
         # The K best of each half. The sort is thousands of instructions, and in a loop there is
-        # only one copy of it. The second turn hands the first turn's result on from right to left.
+        # only one copy of it. In the end left holds the result of side 0, right that of side 1.
         right = tl.zeros((BLOCK_K,), tl.float32)  # (BLOCK_K,)
         right_key = tl.zeros((BLOCK_K,), tl.int32)  # (BLOCK_K,)
         left = right  # (BLOCK_K,)
@@ -658,10 +665,10 @@ if triton is not None:
         mine = slot // divisor % n  # (BLOCK_K,)
         total = tl.zeros((BLOCK_K,), tl.float32)  # (BLOCK_K,)
         for j0 in range(0, K, BLOCK_J):
-            j = j0 + tl.arange(0, BLOCK_J)  # (BLOCK_J,)
-            g = tl.load(grad + query * K + j, mask=j < K, other=0.0)  # (BLOCK_J,)
-            slot = tl.load(slots + query * K + j, mask=j < K, other=0)  # (BLOCK_J,)
-            theirs = slot // divisor % n  # (BLOCK_J,)
+            other = j0 + tl.arange(0, BLOCK_J)  # (BLOCK_J,)
+            g = tl.load(grad + query * K + other, mask=other < K, other=0.0)  # (BLOCK_J,)
+            other_slot = tl.load(slots + query * K + other, mask=other < K, other=0)  # (BLOCK_J,)
+            theirs = other_slot // divisor % n  # (BLOCK_J,)
             same = theirs[:, None] == mine[None, :]  # (BLOCK_J, BLOCK_K)
             total += tl.sum(tl.where(same, g[:, None], 0.0), axis=0)  # (BLOCK_K,)
         row = grad_scores + (side * rows + query) * n
@@ -722,7 +729,7 @@ def topk_sums(scores, K):
 
     scores (2, ..., n) float -> best (..., K): the sums, largest first, in at least float32,
     differentiable in the scores; slots (..., K) int32 = i*n + j. Exact; ties come in any order.
-    n*n must be below 2^31. Raises ValueError if K > n.
+    n*n must be below 2^31. Raises ValueError unless 1 <= K <= n.
     """
     if not 1 <= K <= scores.shape[-1]:
         raise ValueError(f"K = {K} is not between 1 and the {scores.shape[-1]} half-keys")
@@ -735,8 +742,8 @@ def topk_sums_op(scores: torch.Tensor, K: int) -> tuple[torch.Tensor, torch.Tens
     if uses_triton(scores.device) and scores.dtype != torch.float64:
         return topk_sums_triton(scores, K)
     # One part to sort, or up to four whole ones. For more half-keys torch.topk is as fast.
-    sortable_size = n <= SORTED_PART or (n % SORTED_PART == 0 and n <= 4 * SORTED_PART)
-    if scores.device.type == "cpu" and scores.dtype == torch.float32 and sortable_size:
+    cpu_sorts = n <= SORTED_PART or (n % SORTED_PART == 0 and n <= 4 * SORTED_PART)
+    if scores.device.type == "cpu" and scores.dtype == torch.float32 and cpu_sorts:
         return topk_sums_cpu(scores, K)
     return topk_sums_reference(scores, K)
 

@@ -5,7 +5,7 @@ slots whose keys fit its query best, and gets the weighted sum of their values:
     s = softmax(top-K scores)        y = sum over the K slots of s * value
 
 This is Memory Layers at Scale (arXiv 2412.09764). The layer holds S*D parameters, and a token
-touches R*D of them: it adds memory, hardly any compute. Two ideas make it cheap:
+touches R*D of them, R = heads * K: it adds memory, hardly any compute. Two ideas make it cheap:
 
     product keys      The S = n*n keys are never built. A key is a pair of half-keys, so 2n dot
                       products find the best of n*n slots. See product_key_topk.
@@ -67,7 +67,8 @@ class MemoryTable(nn.Module):
     (the gradient and AdamW's two moments included), and autograd makes a gradient of the table's
     size for each layer that reads it.
     bfloat16, or over several ranks: values has no .grad. The gather adds the gradients of all
-    layers to `grad_sum` in place. train.TableAdamW makes grad_sum and steps the values with it.
+    layers to `grad_sum` in place. train.TableAdamW makes grad_sum and steps the values with it;
+    without it they do not train.
 
     mesh: a torch DeviceMesh ("replica", "slice") of several ranks. The P ranks along "slice" hold
     D/P dims of every slot each. Raises ValueError if P does not divide dim.
@@ -99,7 +100,7 @@ class MemoryTable(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """N(0, 1/sqrt(D)): the same numbers in any slicing, since whole rows are drawn."""
+        """Normal with std 1/sqrt(D). Whole rows are drawn, so any slicing gets the same numbers."""
         for rows in self.values.split(4096):  # (<= 4096, D/P)
             whole = torch.empty(len(rows), self.dim).normal_(std=self.dim**-0.5)  # (<= 4096, D)
             rows.copy_(whole[:, self.dims])
@@ -110,7 +111,8 @@ class MemoryTable(nn.Module):
         Over several ranks, N must be the same on all ranks that share the table.
         """
         if self.counting:
-            # In units of 2^-24. Integers have one sum, whatever the order and the device.
+            # In units of 2^-24. Integers have one sum, whatever the order and the device. Rounded
+            # up, so that a read with a tiny weight is a read.
             share = (weights.detach().float() * 2**24).ceil().long()  # (N, R)
             self.read_weight.index_add_(0, slots.reshape(-1), share.reshape(-1))
         if self.parts == 1:
@@ -129,13 +131,14 @@ class MemoryTable(nn.Module):
     def usage(self):
         """How much of the table the counted reads used -> (share, KL).
 
-        share: of the slots that were read at all, in [0, 1]. KL: of the read weight of the slots
-        from uniform, in nats. 0 means that all slots got the same, log(S) that one got everything.
+        share: how many of all S slots were read at least once, in [0, 1]. KL: the divergence of the
+        slots' read weights from uniform, in nats. 0 means that all slots got the same, log(S) that
+        one got everything. It counts the tokens of this rank only.
         """
         weight = self.read_weight.cpu().double()  # (S,)
         share = (weight > 0).double().mean().item()
         p = weight / weight.sum().clamp(min=1)  # (S,)
-        ratio = (p * len(p)).clamp(min=1e-300)  # (S,): to uniform; unread slots add 0 * log(1e-300)
+        ratio = (p * len(p)).clamp(min=1e-300)  # (S,), relative to uniform; unread slots add 0
         return share, (p * ratio.log()).sum().item()
 
 
@@ -146,8 +149,10 @@ class ProductKeyMemory(nn.Module):
     """A memory layer, in place of a block's MLP: x (B, T, C) -> (B, T, C).
 
     Memory    y = sum over heads of softmax(top-K scores) @ values
-    Memory+   W2 (y * silu(W1 x)), the gate; and with qk_norm the halves of queries and keys are
-              RMS-normed before they meet, and the score is divided by sqrt(d)
+    gate      W2 (y * silu(W1 x)); without it W2 y if D != C
+    qk_norm   the halves of queries and keys are RMS-normed before they meet, and the score is
+              divided by sqrt(d)
+    Memory+   both
 
     dim: C. table: a MemoryTable, which several layers may share. key_dim: of both halves together,
     default C/2. Raises ValueError for sizes that cannot work.
@@ -249,7 +254,7 @@ class Exchange(torch.autograd.Function):
     """Some dims of all tokens become all dims of some: y (P*N, D/P) -> (N, D).
 
     y holds this rank's dims of the outputs of every rank's tokens, N of each rank. The result holds
-    the whole outputs of this rank's own tokens. Backward goes the same way back.
+    the whole outputs of this rank's own tokens. Backward is the reverse exchange.
     """
 
     @staticmethod

@@ -54,7 +54,7 @@ class GPTConfig:
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
             check_positive(self, name)
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"--dropout {self.dropout} is not in [0, 1): give a share")
+            raise ValueError(f"--dropout {self.dropout} is not in [0, 1): give a fraction")
         if self.n_embd % (2 * self.n_head):
             raise ValueError(f"--n-embd {self.n_embd} is not a multiple of 2 * --n-head = "
                              f"{2 * self.n_head}: heads must have an even size, change one of them")
@@ -81,7 +81,8 @@ class GPTConfig:
         for layer in self.mem_layers:
             if not 0 <= layer < self.n_layer:
                 raise ValueError(f"--mem-layers {layer} is not in 0..{self.n_layer - 1}: "
-                                 f"choose blocks that exist or raise --n-layer {self.n_layer}")
+                                 f"choose blocks that exist or raise --n-layer (now "
+                                 f"{self.n_layer})")
         if self.mem_topk > self.mem_n_keys:
             raise ValueError(f"--mem-topk {self.mem_topk} > {self.mem_n_keys} half-keys: "
                              f"lower --mem-topk or raise --mem-n-keys")
@@ -109,7 +110,7 @@ def check_positive(config, name):
 # ---- the parts of a block
 
 def rotary(hs, positions, device):
-    """Angles of rotary positions (RoPE, arXiv 2104.09864): cos, sin (positions, hs/2) float32."""
+    """Rotary positions (RoPE, arXiv 2104.09864): cos, sin of angles, (positions, hs/2) float32."""
     freq = 10000 ** (-torch.arange(0, hs, 2, device=device).float() / hs)  # (hs/2,)
     angle = torch.arange(positions, device=device).float()[:, None] * freq  # (positions, hs/2)
     return angle.cos(), angle.sin()
@@ -162,7 +163,8 @@ class MLP(nn.Module):
 def make_ffn(config, table):
     """What follows attention in a block: an MLP, or in the blocks of mem_layers a memory layer.
 
-    A new kind of layer is added here. Its forward takes x (B, T, C) and returns (B, T, C).
+    A new kind of layer is added here; it needs a name for ffn in GPTConfig.check, and if it reads a
+    table, that is made in GPT.__init__. Its forward takes x (B, T, C) and returns (B, T, C).
     """
     if table is None:
         return MLP(config)
@@ -218,18 +220,19 @@ class GPT(nn.Module):
     def init_weights(self):
         """All weights, in one place.
 
-        embedding     N(0, 0.02)
-        matrices      N(0, 1/sqrt(inputs)); those that write to the residual stream are divided by
-                      sqrt(2 * n_layer), as in nanoGPT
-        half-keys     U(-b, b) with b = 1/sqrt(key dim), values N(0, 1/sqrt(D)): arXiv 2412.09764
-        norms         1
+        embedding     normal, std 0.02
+        matrices      normal, std 1/sqrt(inputs); those that write to the residual stream are
+                      divided by sqrt(2 * n_layer), as in nanoGPT
+        half-keys     uniform in [-b, b], b = 1/sqrt(key dim) (arXiv 2412.09764)
+        values        normal, std 1/sqrt(D) (arXiv 2412.09764)
+        norms         1, as they are made
         """
         for table in self.tables:
             table.init_weights()
         for name, p in self.named_parameters():
             if name.endswith("half_keys"):
                 p.uniform_(-1, 1).mul_((2 * p.shape[-1]) ** -0.5)  # (2, H, n, d)
-            elif name.startswith("wte"):
+            elif name.startswith("wte"):  # the head too: a tied weight is listed once
                 p.normal_(std=0.02)  # (V, C)
             elif p.dim() == 2 and not name.endswith("values"):
                 p.normal_(std=p.shape[1] ** -0.5)
@@ -302,9 +305,10 @@ class GPT(nn.Module):
     def answer(self, windows, spans):
         """Does the model know how these sentences end?
 
-        windows (F, T) tokens as numpy integers, spans (F, 2) = [start, end) of the answer in each.
-        Returns right (F,) bool: every token of the answer is the likeliest one after what stands
-        before it; and nats (F,) float64: the answer's cross-entropy.
+        windows (W, T) tokens as numpy integers, spans (W, 2) = [start, end) of the answer in each,
+        start >= 1. Below, b windows are read at a time.
+        Returns right (W,) bool: every token of the answer is the likeliest one after what stands
+        before it; and nats (W,) float64: the answer's cross-entropy.
         """
         was_training = self.training
         self.eval()
@@ -340,7 +344,7 @@ class GPT(nn.Module):
             else:
                 counts["dense"] += p.numel()
         counts["total"] = sum(counts.values())
-        read = min(self.numbers_read(), counts["values"])
+        read = min(self.numbers_read(), counts["values"])  # of a small table the same rows again
         counts["active"] = counts["total"] - counts["values"] + read
         return counts
 
@@ -367,8 +371,9 @@ class GPT(nn.Module):
 def sample_token(logits, temperature, top_k, top_p, generator):
     """Draw a token for each row: logits (B, V) float32 -> (B, 1) int64.
 
-    After temperature (0: the likeliest token), from the top_k likeliest tokens, and from the
-    smallest set of tokens that has probability top_p (nucleus sampling, arXiv 1904.09751).
+    Logits are divided by the temperature (0: the likeliest token is taken). Then the draw is from
+    the top_k likeliest tokens, and among those from the smallest set that has probability top_p
+    (nucleus sampling, arXiv 1904.09751).
     """
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)  # (B, 1)
