@@ -16,7 +16,7 @@ A batch depends on (seed, step) alone and dropout on (seed, step, rank), so a re
 that never stopped.
 
 This file, from top to bottom: settings, files, batches, optimizers, evaluation, checkpoints, the
-run folder, pictures and comparison, the loop.
+run folder, pictures and comparison, the machine, one step, the loop, what a run prints.
 """
 import argparse
 import contextlib
@@ -64,8 +64,7 @@ class Settings(GPTConfig):
     batch_size: int = setting(128, "windows per step, over all ranks")
     micro_batch_size: int = setting(0, "windows per forward pass and rank; 0: batch_size / ranks. "
                                     "Lower it when memory runs out")
-    learning_rate: float = setting(3e-3, "times a warm-up from 0 to 1, "
-                                   "times a straight line from 1 down to 0")
+    learning_rate: float = setting(3e-3, "peak rate; linear warm-up, then linear decay to 0")
     value_lr: float = setting(5e-3, "the same for the memory table's values")
     weight_decay: float = setting(0.1, "on matrices; "
                                   "not on embeddings, norms, half-keys and values")
@@ -117,10 +116,10 @@ FACTS = {
     "facts": dict(people=8000, documents=640_000),
     "facts-gpu": dict(people=100_000, documents=8_192_000),
 }
-# What --resume may change: nothing that changes the run.
+# Settings that --resume may change: they affect what is learned by rounding at most.
 MAY_CHANGE = {"device", "backend", "compile", "micro_batch_size", "log_every", "data",
               "mem_parallel"}
-# What the numbers may be: from low to high.
+# Allowed ranges: lowest and highest.
 LIMITS = {
     "max_steps": (1, math.inf), "batch_size": (1, math.inf), "log_every": (1, math.inf),
     "eval_every": (1, math.inf), "eval_windows": (1, math.inf), "beta1": (0, 1 - 1e-9),
@@ -176,7 +175,7 @@ def preset_settings(preset, given):
 
 
 def read_settings(argv):
-    """The command line, None: the process's -> (Settings, preset, resume, runs to compare)."""
+    """argv (None: sys.argv) -> (Settings, preset, resume, runs to compare)."""
     parser = make_parser()
     given = vars(parser.parse_args(argv))
     preset = given.pop("preset")
@@ -199,17 +198,19 @@ def resumed_settings(out_dir, given):
     path = Path(out_dir) / "config.json"
     way_out = "nothing to resume: give the folder of a run with --out-dir"
     saved = read_json(path, way_out)["settings"]
-    saved["mem_layers"] = tuple(saved["mem_layers"])
     unknown = saved.keys() - {f.name for f in dataclasses.fields(Settings)}
     if unknown:
         raise ValueError(f"{path} has the unknown setting {min(unknown)}: another version of this "
                          f"program wrote it, start another run with --out-dir out/NAME")
-    for name in given.keys() - MAY_CHANGE - {"out_dir"}:
-        if given[name] != saved.get(name):
-            raise ValueError(f"{flag(name)} {given[name]} is not the run's {saved.get(name)}: a "
+    saved["mem_layers"] = tuple(saved["mem_layers"])
+    s = Settings(**saved | dict(out_dir=out_dir))  # what is newer than the run has its default
+    for name in given.keys() - {"out_dir"}:
+        if name in MAY_CHANGE:
+            setattr(s, name, given[name])
+        elif given[name] != getattr(s, name):
+            raise ValueError(f"{flag(name)} {given[name]} is not the run's {getattr(s, name)}: a "
                              f"resumed run keeps its settings, start another with --out-dir")
-    changes = {name: given[name] for name in given.keys() & MAY_CHANGE}
-    return Settings(**saved | changes | dict(out_dir=out_dir))
+    return s
 
 
 def fit_to_data(s, world):
@@ -343,7 +344,7 @@ class Loader:
 # ---- optimizers
 
 def schedule(step, s):
-    """What a rate is multiplied with: linear warm-up, times a line from 1 to zero at max_steps."""
+    """The factor on a learning rate: linear warm-up, times a line from 1 to zero at max_steps."""
     warmup = min(1, (step + 1) / max(s.warmup_steps, 1))
     return warmup * (1 - step / s.max_steps)
 
@@ -358,7 +359,7 @@ def make_optimizers(model, s):
     for name, p in model.named_parameters():
         if name.endswith(".values"):
             continue
-        if p.dim() == 2 and not name.startswith("wte"):
+        if p.dim() == 2 and not name.startswith("wte"):  # half-keys have four dims
             matrices.append(p)
         else:
             rest.append(p)
@@ -376,7 +377,7 @@ def make_optimizers(model, s):
 
 
 class TableAdamW(torch.optim.AdamW):
-    """AdamW for memory tables, without decay. It steps all rows: a batch reads most of them anyway.
+    """AdamW for memory tables, without decay. It updates all rows: a batch reads most of them.
 
     tables: list of MemoryTable. clip: largest norm of the gradient, that of all tables together.
     compile: torch.compile for the step of bfloat16 tables; None: with CUDA.
@@ -405,7 +406,8 @@ class TableAdamW(torch.optim.AdamW):
     def step(self):
         """Use up the gradients: they are zero or gone afterwards.
 
-        Returns their norm before clipping, a scalar tensor.
+        Returns their norm before clipping, a scalar tensor. A table has a grad_sum if its values
+        have no .grad, see MemoryTable.
         """
         grads = []  # (S, D/P) each
         for table in self.tables:
@@ -415,11 +417,8 @@ class TableAdamW(torch.optim.AdamW):
         for table, grad in zip(self.tables, grads):
             if table.values.dtype == torch.bfloat16:
                 self.step_bfloat16(table, scale)
-                continue
-            # To look at scale costs nothing on a CPU, and may save a pass over the table.
-            if grad.device.type != "cpu" or scale != 1:
-                grad.mul_(scale)
-            table.values.grad = grad  # for torch's AdamW
+            else:
+                table.values.grad = grad.mul_(scale)  # for torch's AdamW, below
         super().step()  # bfloat16 tables have no .grad, so it leaves them alone
         for table, grad in zip(self.tables, grads):
             table.values.grad = None
@@ -428,7 +427,10 @@ class TableAdamW(torch.optim.AdamW):
         return norm
 
     def reduce(self, grads):
-        """Add up the gradients of the replicas -> (norm of their mean, number of ranks)."""
+        """Add up the gradients of the replicas -> (norm of their mean, number of ranks).
+
+        They stay sums: step() divides them by the number of ranks when it scales them.
+        """
         mesh = self.tables[0].mesh
         if mesh is not None:
             for grad in grads:
@@ -442,7 +444,7 @@ class TableAdamW(torch.optim.AdamW):
 
     def step_bfloat16(self, table, scale):
         state = self.state[table.values]
-        group, = self.param_groups
+        group = self.param_groups[0]
         state["step"] += 1
         adamw_bfloat16_(table.values, table.grad_sum, state["exp_avg"], state["exp_avg_sq"],
                         state["step"], group["lr"], *group["betas"], scale=scale,
@@ -551,16 +553,16 @@ def round_randomly(x, noise):
 
 
 def columns(slices, dims):
-    """Columns `dims` (a slice) of a matrix (S, D) that is there in P slices (S, D/P).
+    """Columns `dims` (a slice) of a matrix (S, D) that is stored as P slices (S, D/P).
 
-    The matrix is not put together.
+    The whole matrix is never built.
     """
     width = slices[0].shape[1]
     parts = []
     for i, s in enumerate(slices):
         begin = max(dims.start - i * width, 0)
         end = max(dims.stop - i * width, 0)
-        parts.append(s[:, begin:end])
+        parts.append(s[:, begin:end])  # empty where this slice holds none of them
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
@@ -678,6 +680,7 @@ def save_checkpoint(folder, model, optimizers, step, seconds, settings):
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     parts = model.tables[0].parts if model.tables else 1  # P
+    # The first P ranks hold the table once, each a slice. Other ranks hold copies of these.
     names = [f"ckpt-{step}-{i}of{parts}.pt" for i in range(parts)] if parts > 1 else []
     tables = dict(tables=optimizers[1].slices() if model.tables else [])
     if rank < len(names):
@@ -765,10 +768,11 @@ def prepare_folder(out, s, step, hardware):
                 shutil.copy(Path(s.data) / name, out)
         log = out / "log.jsonl"
         kept = []
-        for line in log.read_text("utf-8").splitlines() if step else ():
-            is_whole = line.endswith("}")
-            if is_whole and json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+        if step:
+            for line in log.read_text("utf-8").splitlines():
+                is_complete = line.endswith("}")
+                if is_complete and json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
         write_text(log, "".join(kept))
     except OSError as e:
         raise ValueError(f"cannot write in {out} ({e.strerror or e}): "
@@ -1014,8 +1018,8 @@ def choose_device(s, world):
 def keep_freed_memory():
     """Tell glibc to keep what a step frees, for the next step.
 
-    Otherwise it gives large blocks back to the kernel, and getting them again costs a page fault
-    for each 4 KiB, which can take longer than the work. Only Linux with glibc has mallopt.
+    Otherwise it gives large blocks back to the operating system, and getting them again costs a
+    page fault for each 4 KiB, which can take longer than the work. Only Linux with glibc has it.
     """
     if sys.platform != "linux":
         return
@@ -1080,6 +1084,7 @@ class Stopwatch:
         lap = time.perf_counter() - self.begin
         steps = step - self.since
         self.seconds += lap
+        # is_last: a run that is shorter than the warm-up has a speed, too.
         if self.since >= self.first + WARM_UP or is_last:
             self.timed_steps += steps
             self.timed_seconds += lap
@@ -1223,8 +1228,8 @@ def profile(trainer):
     """Print where the time of 20 steps goes, after 10 steps to warm up."""
     for step in range(10):
         trainer.step(step)
-    # The profiler's records break up freed memory. Free enough of it now, so that no step has to
-    # ask the kernel for more: that would cost time that a run does not pay.
+    # The profiler's records fragment the heap. Free enough memory now, so that no step has to ask
+    # the operating system for more: that would cost time that a run does not pay.
     blocks = [torch.ones(2**22) for _ in range(32)]
     del blocks
     profiler = torch.profiler.profile()
@@ -1348,7 +1353,7 @@ def finish(trainer, watch, line, known):
     if trainer.rank == 0:
         write_json(out / "result.json", result)
         draw([out], out / "curves.png")
-    # The last thing: a run that dies before it finishes again on --resume.
+    # Saved last: if the run dies before this, --resume repeats its end.
     trainer.save(line["step"], watch.seconds)
     if trainer.rank == 0:
         print(report(result) + f"\nsaved in {out}: ckpt.pt, result.json, curves.png")
