@@ -229,15 +229,14 @@ if triton is not None:
         one sum; its other edge stays zero.)
 
         grad_y (N, D), values, grad_values (S, D), weights (N*R,), slots, order (L,) from
-        group_by_slot, edges (2 * programs, D) zeros, edge_slots (2 * programs,). A program handles
-        BLOCK_D dims, so of grad_w (ceil(D / BLOCK_D), L) it writes one row; the caller sums them.
+        group_by_slot, edges (2 * programs, D) zeros, edge_slots (2 * programs,). A program has its
+        own row of grad_w (ceil(D / BLOCK_D), L), for BLOCK_D dims; the caller adds these rows up.
         In later rounds grad_y is the edges, R is 1, and nobody uses grad_w.
         """
         p = tl.program_id(0)
         block = tl.program_id(1)
-        # Each thread gets runs of four dims, of float32 (16 bytes) and bfloat16 (8 bytes) alike.
-        # Left alone, Triton would deal out eight dims of bfloat16 but four of float32, and then
-        # move numbers between threads to multiply the two.
+        # A thread gets runs of four dims, of float32 and bfloat16 alike. Left alone, Triton would
+        # deal out eight of bfloat16, and then move numbers between threads to multiply the two.
         d = block * BLOCK_D + tl.max_contiguous(tl.arange(0, BLOCK_D), 4)  # (BLOCK_D,)
         begin = p * CHUNK
         end = tl.minimum(begin + CHUNK, L)
@@ -247,7 +246,6 @@ if triton is not None:
         tl.store(edge_slots + 2 * p + 1, last)
         # The program's two rows of edges: this one is for its first slot, the next for its last.
         edge_row = edges + (2 * p).to(tl.int64) * D + d  # (BLOCK_D,)
-
         slot = first
         total = tl.zeros((BLOCK_D,), tl.float32)  # (BLOCK_D,): the sum of the slot's lookups so far
         for lookup in range(begin, end):

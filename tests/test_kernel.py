@@ -794,6 +794,7 @@ def compile_kernel(build, arch):
     return compiled.asm["ptx"], log.getvalue()
 
 
+@pytest.mark.slow
 @compiles
 @pytest.mark.parametrize("arch", [80, 90], ids=["A100", "H100"])
 @pytest.mark.parametrize("name", BUILDS)
