@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+import train
 from model import GPT, GPTConfig
 from train import load_checkpoint, pick_device
 
@@ -43,6 +44,147 @@ def test_load(kind, tmp_path):
         assert state["settings"]["seed"] == 7
         assert torch.equal(loaded(idx)[0], model(idx)[0])
         assert loaded.head.weight is loaded.wte.weight
+
+
+# ---- checkpoints of the version before: without the setting `backend`
+
+OLD_KINDS = KINDS | {"Memory+ in bfloat16": PLUS | dict(mem_dtype="bfloat16")}
+TOKENS = torch.randint(37, (4, 17), generator=torch.Generator().manual_seed(0))
+
+
+def make_run(**kind):
+    """A model, its optimizers and its settings, after three steps."""
+    torch.manual_seed(0)
+    s = train.Settings(**SMALL | kind, seed=7, learning_rate=1e-2, value_lr=1e-2)
+    model = GPT(s)
+    optimizers, _ = train.make_optimizers(model, s)
+    for _ in range(3):
+        take_step(model, optimizers)
+    return model, optimizers, s
+
+
+def take_step(model, optimizers):
+    _, loss = model(TOKENS[:, :-1], TOKENS[:, 1:])
+    loss.backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    optimizers[0].zero_grad()
+
+
+def old_layout(model, optimizers, s):
+    """What GPT.save of commit 5ffa84a wrote -> (ckpt.pt of one process, without tables; tables)."""
+    settings = dataclasses.asdict(s)
+    del settings["backend"]
+    state = dict(
+        model={name: p for name, p in model.state_dict().items() if not name.endswith(".values")},
+        optimizer=optimizers[0].state_dict(),
+        slices=[],
+        step=3,
+        seconds=1.5,
+        settings=settings)
+    tables = []
+    for table in model.tables:
+        moments = optimizers[1].state[table.values]
+        tables.append(dict(values=table.values.detach(), exp_avg=moments["exp_avg"],
+                           exp_avg_sq=moments["exp_avg_sq"]))
+    return state, tables
+
+
+def go_on(folder):
+    """The model and the optimizers of a checkpoint, as Trainer.load takes them."""
+    model, state = load_checkpoint(folder)
+    assert "backend" not in state["settings"]
+    s = train.Settings(**state["settings"])
+    assert s.backend == "auto"
+    optimizers, _ = train.make_optimizers(model, s)
+    optimizers[0].load_state_dict(state["optimizer"])
+    if model.tables:
+        optimizers[1].load(state["tables"], state["step"])
+    return model, optimizers, state
+
+
+def check_same_weights(got, want):
+    assert got.state_dict().keys() == want.state_dict().keys()
+    for name, p in want.state_dict().items():
+        assert torch.equal(got.state_dict()[name], p), name
+
+
+@pytest.mark.parametrize("kind", OLD_KINDS.values(), ids=OLD_KINDS.keys())
+def test_an_old_checkpoint_loads_and_goes_on(kind, tmp_path):
+    model, optimizers, s = make_run(**kind)
+    state, tables = old_layout(model, optimizers, s)
+    torch.save(state | dict(tables=tables), tmp_path / "ckpt.pt")
+    loaded, loaded_optimizers, loaded_state = go_on(tmp_path)
+    assert loaded_state["step"] == 3
+    assert loaded_state["seconds"] == 1.5
+    check_same_weights(loaded, model)
+    # The moments are there too: the next steps have the same bits.
+    for _ in range(2):
+        take_step(model, optimizers)
+        take_step(loaded, loaded_optimizers)
+    check_same_weights(loaded, model)
+
+
+def save_in_two_slices(state, tables, folder):
+    """As two ranks that shared the tables wrote them."""
+    names = ["ckpt-3-0of2.pt", "ckpt-3-1of2.pt"]
+    for i, name in enumerate(names):
+        mine = []
+        for table in tables:
+            mine.append({key: x.chunk(2, dim=1)[i].clone() for key, x in table.items()})
+        torch.save(dict(tables=mine), folder / name)
+    torch.save(state | dict(slices=names), folder / "ckpt.pt")
+
+
+def test_an_old_checkpoint_in_slices_loads_and_goes_on(tmp_path):
+    model, optimizers, s = make_run(**PLUS, mem_share=False)
+    save_in_two_slices(*old_layout(model, optimizers, s), tmp_path)
+    loaded, loaded_optimizers, _ = go_on(tmp_path)
+    check_same_weights(loaded, model)
+    take_step(model, optimizers)
+    take_step(loaded, loaded_optimizers)
+    check_same_weights(loaded, model)
+
+
+def test_a_missing_slice_is_named(tmp_path):
+    save_in_two_slices(*old_layout(*make_run(**PLUS)), tmp_path)
+    (tmp_path / "ckpt-3-1of2.pt").unlink()
+    with pytest.raises(ValueError, match="ckpt-3-1of2.pt is missing: .* bring them into one"):
+        load_checkpoint(tmp_path)
+
+
+# ---- what this version writes
+
+@pytest.mark.parametrize("kind", OLD_KINDS.values(), ids=OLD_KINDS.keys())
+def test_a_saved_checkpoint_has_the_old_layout(kind, tmp_path):
+    """Key for key, tensor for tensor: only the settings may be more."""
+    model, optimizers, s = make_run(**kind)
+    train.save_checkpoint(tmp_path, model, optimizers, 3, 1.5, dataclasses.asdict(s))
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
+    saved = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    state, tables = old_layout(model, optimizers, s)
+    want = state | dict(tables=tables)
+    assert saved.keys() == want.keys()
+    assert saved.pop("settings") == dataclasses.asdict(s)
+    want.pop("settings")
+    assert_same(saved, want)
+
+
+def assert_same(got, want):
+    """Two nests of dicts and lists hold the same numbers."""
+    if isinstance(want, dict):
+        assert got.keys() == want.keys()
+        for key in want:
+            assert_same(got[key], want[key])
+    elif isinstance(want, (list, tuple)):
+        assert len(got) == len(want)
+        for g, w in zip(got, want):
+            assert_same(g, w)
+    elif torch.is_tensor(want):
+        assert got.dtype == want.dtype
+        assert torch.equal(got, want)
+    else:
+        assert got == want
 
 
 # ---- what is no checkpoint
