@@ -163,6 +163,8 @@ class ProductKeyMemory(nn.Module):
                  init=True):
         super().__init__()
         key_dim = dim // 2 if key_dim is None else key_dim
+        if heads < 1:
+            raise ValueError(f"heads {heads} < 1: give a positive number")
         if not 1 <= topk <= table.n_keys:
             raise ValueError(f"topk {topk} is not between 1 and the table's {table.n_keys} "
                              f"half-keys: lower topk or make the table with more n_keys")

@@ -260,6 +260,8 @@ class GPT(nn.Module):
         if past + T > self.config.block_size:
             raise ValueError(f"{past + T} tokens > block_size {self.config.block_size}: "
                              f"shorten the context")
+        if past and T > 1:  # there is no mask for them
+            raise ValueError(f"{T} tokens at once with a filled cache: give one at a time")
         rope = self.cos[past:past + T], self.sin[past:past + T]  # (T, hs/2) both
         x = F.dropout(self.wte(idx), self.config.dropout, self.training)  # (B, T, C)
         for i, block in enumerate(self.blocks):

@@ -294,6 +294,7 @@ def test_layers_learn_outside_the_gpt():
 
 
 @pytest.mark.parametrize("settings, words", [
+    (dict(heads=0), "heads 0 < 1"),
     (dict(topk=7), "topk 7 is not between 1 and the table's 6 half-keys: lower topk"),
     (dict(topk=0), "topk 0 is not between 1 and"),
     (dict(topk=-1), "topk -1 is not between 1 and"),

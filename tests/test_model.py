@@ -568,3 +568,12 @@ def test_answer_drops_nothing_out():
         _, again = model.answer(windows, spans)
         assert (nats == again).all()
         assert model.training == training
+
+
+def test_a_filled_cache_takes_one_token_at_a_time():
+    """There is no mask for more: the first of two would see the second."""
+    model = make_model()
+    caches = [None] * 3
+    model(tokens(1, 4), caches=caches)
+    with pytest.raises(ValueError, match="2 tokens at once with a filled cache"):
+        model(tokens(1, 2), caches=caches)
