@@ -19,7 +19,8 @@ The functions named measure_... return rows, one dict for each way to do a thing
     share        GB_s over the rate of a copy
     peak         MiB of GPU memory at the most, or None on a CPU
 
-and beside these what was measured: operation, device, dtype and sizes.
+and beside these what was measured: operation, device, dtype and sizes. Where the GPU had too little
+memory, the last five are None.
 
 N tokens · R reads per token · S slots · D dims of a slot · n half-keys per side · K slots selected
 """
@@ -27,6 +28,7 @@ import argparse
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -199,24 +201,36 @@ def short(dtype):
 
 @dataclass
 class Bench:
-    """How to measure: where, for how long, and the GB/s that a copy reaches there."""
+    """How to measure: where, for how long, and the GB/s that a copy reaches there.
+
+    keep: called with each row as soon as it is there.
+    """
     device: str
     seconds: float
     copy_rate: float
+    keep: Callable = None
 
     def row(self, name, call, moved, inputs=((),), before=None, **what):
         """Time one way to do a thing, print a line of the table, return the row.
 
         moved: the bytes it has to move at least. what: goes into the row as it is.
         """
-        low, middle, high = milliseconds(call, self.device, self.seconds, inputs, before)
-        peak = peak_memory(call, self.device, inputs)
-        rate = moved / middle / 1e6
-        row = dict(what, name=name, device=self.device, ms=middle, quartiles=(low, high), GB_s=rate,
-                   share=rate / self.copy_rate, peak=peak)
-        shown_peak = "-" if peak is None else f"{peak:.0f}"
-        print(f"  {name:50s}{middle:9.2f} [{low:7.2f}, {high:7.2f}]{rate:8.1f}"
-              f"{100 * row['share']:6.0f}%{shown_peak:>9s}", flush=True)
+        row = dict(what, name=name, device=self.device)
+        try:
+            low, middle, high = milliseconds(call, self.device, self.seconds, inputs, before)
+            peak = peak_memory(call, self.device, inputs)
+        except torch.OutOfMemoryError:
+            row.update(ms=None, quartiles=None, GB_s=None, share=None, peak=None)
+            print(f"  {name:50s}out of memory", flush=True)
+        else:
+            rate = moved / middle / 1e6
+            row.update(ms=middle, quartiles=(low, high), GB_s=rate, share=rate / self.copy_rate,
+                       peak=peak)
+            shown_peak = "-" if peak is None else f"{peak:.0f}"
+            print(f"  {name:50s}{middle:9.2f} [{low:7.2f}, {high:7.2f}]{rate:8.1f}"
+                  f"{100 * row['share']:6.0f}%{shown_peak:>9s}", flush=True)
+        if self.keep is not None:
+            self.keep(row)
         return row
 
 
@@ -401,7 +415,8 @@ def plot(rows, sizes, copy_rate, machine, path):
     """GB/s of the forward gather over the value dim, and over the number of slots."""
     from matplotlib.figure import Figure
     shown = [row for row in rows
-             if row["operation"] == "gather" and not row["hot"] and not row["backward"]]
+             if row["operation"] == "gather" and not row["hot"] and not row["backward"]
+             and row["ms"] is not None]
     figure = Figure(figsize=(11, 4), layout="constrained")
     over_dims, over_slots = figure.subplots(1, 2, sharey=True)
     draw_curves(over_dims, [row for row in shown if row["S"] == sizes.slots[1]], "D")

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import kernel
+import measure_gpu
 import prepare_data
 import sample
 import train
@@ -179,6 +180,7 @@ def test_flags_exist(capsys):
     known = set(re.findall(r"--[a-z][\w-]+", " ".join(helps)))
     known |= {"--plot", "--seconds"}  # tests/bench_kernel.py
     known |= {"--collect"}  # runs/report.py
+    known |= set(re.findall(r"--[a-z][\w-]+", measure_gpu.make_parser().format_help()))
     known |= {"--standalone", "--nnodes", "--nproc_per_node", "--rdzv-backend", "--rdzv-endpoint"}
     for page in PAGES:
         named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", page.read_text("utf-8")))

@@ -999,12 +999,12 @@ def test_nan_later_on_leaves_what_was_saved(data, tmp_path, capfd, monkeypatch):
 def test_time_steps_takes_the_steps_of_a_run(data, tmp_path):
     settings = [*TINY, "--data", str(data), "--max-steps", "6", "--micro-batch-size", "8"]
     assert train.main([*settings, "--out-dir", str(tmp_path / "run")]) == 0
-    model, step = time_steps.trainer(settings)
+    trainer, step = time_steps.trainer(settings)
     for _ in range(6):
         step()
     trained = weights(tmp_path / "run")
     assert len(trained) > 10
-    for name, p in model.named_parameters():
+    for name, p in trainer.model.named_parameters():
         assert torch.equal(p, trained[name]), name
 
 

@@ -29,13 +29,13 @@ LEAST_ROUNDS = 12
 
 
 def trainer(argv):
-    """The flags of a run -> (its model, a function that takes its next step)."""
+    """The flags of a run -> (its train.Trainer, a function that takes its next step)."""
     s, _, _, _ = train.read_settings(argv)
     meta = train.fit_to_data(s, world=1)
     device = train.choose_device(s, world=1)
     run = train.Trainer(s, meta, device)
     numbers = itertools.count()
-    return run.model, lambda: run.step(next(numbers))
+    return run, lambda: run.step(next(numbers))
 
 
 def time_in_turn(steps, seconds, warm_up):
