@@ -46,8 +46,9 @@ _backend = "auto"
 def backend(name=None):
     """Choose what the operations run on. Returns the choice that is in force.
 
-    "auto": Triton on CUDA, torch elsewhere. "triton", "torch": that one, everywhere. None: leave
-    the choice as it is. Raises ValueError for another name, and where "triton" cannot run.
+    "auto": Triton on CUDA where it works, torch elsewhere. "triton", "torch": that one, everywhere.
+    None: leave the choice as it is. Raises ValueError for another name, and where "triton" cannot
+    run.
     """
     global _backend
     if name is None:
@@ -59,15 +60,38 @@ def backend(name=None):
     if name == "triton" and not (INTERPRETED or torch.cuda.is_available()):
         raise ValueError("backend 'triton' cannot run here: there is no CUDA GPU; "
                          "set TRITON_INTERPRET=1 to interpret the kernels on the CPU")
+    if name == "triton" and triton_problem():
+        raise ValueError(f"backend 'triton' cannot run here: {triton_problem()}")
     _backend = name
     return _backend
+
+
+@functools.cache
+def triton_problem():
+    """Why Triton cannot be used on this machine's GPU; "" if it can.
+
+    It needs a C compiler when it launches a kernel for the first time, and more that may be
+    missing: Python's headers, ptxas, a driver that fits. So we try.
+    """
+    if triton is None:
+        return TRITON_MISSING
+    if INTERPRETED:
+        return ""
+    try:
+        one = torch.ones(1, 1, device="cuda")
+        gather_triton(one, torch.zeros(1, 1, dtype=torch.int32, device="cuda"), one)
+        torch.cuda.synchronize()
+    except Exception as error:  # Triton, the compiler and the driver raise exceptions of many kinds
+        why = " ".join(str(error).split())[:100]
+        return f"Triton fails, as it does without a C compiler ({type(error).__name__}: {why})"
+    return ""
 
 
 def uses_triton(device):
     """Whether the Triton kernels run for tensors on this device."""
     if _backend != "auto":
         return _backend == "triton"
-    return triton is not None and torch.device(device).type == "cuda" and not INTERPRETED
+    return torch.device(device).type == "cuda" and not INTERPRETED and not triton_problem()
 
 
 def describe_backend(device):
@@ -79,10 +103,12 @@ def describe_backend(device):
         why = "chosen by backend()"
     elif triton is None:
         why = TRITON_MISSING
-    elif torch.device(device).type == "cuda":
+    elif torch.device(device).type != "cuda":
+        why = f"Triton needs a CUDA GPU, this is {device}"
+    elif INTERPRETED:
         why = "TRITON_INTERPRET is set"
     else:
-        why = f"Triton needs a CUDA GPU, this is {device}"
+        why = triton_problem()
     return f"memory: torch ({why})"
 
 

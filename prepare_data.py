@@ -5,8 +5,8 @@ Turn a corpus into files of tokens for train.py and sample.py.
     python prepare_data.py tinystories      # 2.2 GB of simple stories (--small: 22 MB)
     python prepare_data.py openwebtext      # 4.6 GB of packed web text, 2.7 B tokens
                                             # (--small: 112 MB; --full: 13 GB, 9 B tokens)
-    python prepare_data.py my.txt           # any UTF-8 text: documents end at <|endoftext|>, or at
-                                            # what --separator says
+    python prepare_data.py my.txt           # any UTF-8 text, or a folder of .txt files: documents
+                                            # end at <|endoftext|>, or at what --separator says
     python prepare_data.py tinystories --from-file train.txt valid.txt      # copies you have
 
 You see how much disk is needed, a line of progress, and what was made. The folder data/<name> then
@@ -22,8 +22,9 @@ meta.json is written last, and a folder without it does not count as finished. S
 any time and run the same command again. A download goes on where it broke off. HF_ENDPOINT (a
 mirror), HF_TOKEN, the proxy variables and TIKTOKEN_CACHE_DIR are honoured.
 
-This file, from top to bottom: constants, tokenizers, the output folder, the facts corpus, reading
-text, tokenising, downloads, the text corpora, the command line.
+This file, from top to bottom: constants, what all scripts share with the world outside, tokenizers,
+the output folder, the facts corpus, reading text, tokenising, downloads, the text corpora, the
+command line.
 """
 import argparse
 import base64
@@ -35,16 +36,20 @@ import functools
 import gzip
 import hashlib
 import inspect
+import io
 import itertools
 import json
 import lzma
 import math
 import os
+import pickle
 import re
 import shutil
 import sys
 import tarfile
 import time
+import tokenize
+import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -105,6 +110,167 @@ SOURCES = {
 # per byte of text.
 UNPACKED = {".gz": 2.7, ".tar": 3.3}
 BIN_PER_TEXT = {"gpt2": 0.6, "words": 1, "bytes": 2}
+
+
+# Tokens in the windows that train.py takes from a text, unless --block-size says otherwise.
+WINDOW = 256
+
+
+# ---- the world outside
+
+class Steady:
+    """A text stream that goes on without its reader.
+
+    Writing to a terminal that was closed, to a full disk, or to `| head` after it has left, raises
+    an OSError. A long run should not die of it. From then on, what is written is lost.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        try:
+            return self.stream.write(text)
+        except OSError:
+            self.give_up()
+            return len(text)
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except OSError:
+            self.give_up()
+
+    def give_up(self):
+        """Send to nowhere what comes, and what the stream has not yet been able to write."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.stream.fileno())
+        os.close(nowhere)
+
+    def __getattr__(self, name):  # encoding, isatty, ...
+        return getattr(self.stream, name)
+
+
+def any_characters():
+    """Let print() write a ? for a character that the terminal or a file lacks."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # it is None if it was closed before we began
+            stream.reconfigure(errors="replace")
+
+
+def steady_output():
+    """Make print() safe, whatever becomes of stdout and stderr: see Steady and any_characters."""
+    any_characters()
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is not None:
+            setattr(sys, name, Steady(getattr(sys, name)))
+
+
+# What a broken file, or one of another program, can raise when it is read as JSON, as a vocabulary,
+# as arrays of numpy or as a checkpoint of torch.
+BROKEN = (EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError,
+          ArithmeticError, AssertionError, SyntaxError, tokenize.TokenError,
+          pickle.UnpicklingError, zipfile.BadZipFile, zlib.error)
+
+
+@contextlib.contextmanager
+def reading(path, way_out):
+    """Whatever goes wrong in the block, which reads `path`, becomes a ValueError with its cause.
+
+    way_out: what to do if the file is missing, or is not what it should be.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise ValueError(f"{error.filename or path} does not exist: {way_out}") from None
+    except (OSError, *BROKEN, MemoryError) as error:
+        why = first_line(error)
+        if is_out_of_memory(error):
+            problem = f"{path}: too little memory to read it ({why}): close other programs, or use"\
+                      f" a machine with more"
+        elif isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            problem = f"{path} cannot be read ({why}): see to its permissions and its disk"
+        else:
+            problem = f"{path} is broken, or another program's ({why}): {way_out}"
+        raise ValueError(problem) from None
+
+
+def is_out_of_memory(error):
+    """Whether an exception says that memory has run out. torch says it in many ways."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    words = str(error).lower()
+    return isinstance(error, MemoryError) or "allocate memory" in words or "out of memory" in words
+
+
+def first_line(error):
+    """What an exception says, on one line of at most 200 characters."""
+    said = str(getattr(error, "strerror", None) or error).strip()
+    lines = said.splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:200]
+
+
+@contextlib.contextmanager
+def locked(path, wait=math.inf, message="another process has it"):
+    """Hold the lock file `path` in this block, so that no other process can.
+
+    wait: seconds to wait for it; then ValueError(message). A lock ends with its process, however
+    that ends. Where the file system knows no locks, nothing is locked.
+    """
+    end = time.monotonic() + wait
+    has_waited = False
+    while (file := try_to_lock(path)) is None:
+        if time.monotonic() >= end:
+            raise ValueError(message)
+        if not has_waited:
+            print(f"waiting: {message}", flush=True)
+            has_waited = True
+        time.sleep(0.2)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows deletes no open file
+            os.unlink(path)
+        file.close()
+
+
+def try_to_lock(path):
+    """The open file of a lock that is ours until the file is closed, or None if another has it."""
+    file = open(path, "a", encoding="utf-8")
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Who had the lock before us has deleted its file. If that happened after we opened it, then
+        # we hold the lock of a file that nobody else will find.
+        is_ours = os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except OSError as error:
+        # These mean that somebody else holds it. Anything else means that there are no locks.
+        is_ours = error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK, errno.ENOENT)
+    if is_ours:
+        return file
+    file.close()
+    return None
+
+
+def cpus():
+    """CPU cores that this process may use: those it may run on, and no more than its container has.
+
+    A container's limit is a file: quota and period of its CPU time, in microseconds.
+    """
+    count = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        count = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):  # there is no such limit
+        quota, period = CPU_LIMIT.read_text("utf-8").split()
+        count = min(count, max(math.ceil(int(quota) / int(period)), 1))
+    return count
+
+
+CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 
 
 # ---- tokenizers
@@ -171,7 +337,8 @@ def make_tokenizer(name, words=()):
         # else, for example the login page of a wireless network.
         raise ValueError(
             f"tiktoken cannot download its gpt2 vocabulary ({type(error).__name__}): set "
-            f"TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer bytes") from None
+            f"TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer bytes"
+            f"{certificate_hint(error)}") from None
     ranks = gpt2["mergeable_ranks"]  # {token: number}
     return Tokenizer(name, gpt2["pat_str"], sorted(ranks, key=ranks.get))
 
@@ -179,23 +346,47 @@ def make_tokenizer(name, words=()):
 def load_tokenizer(folder):
     """The tokenizer of a data folder or a run folder. Needs no network.
 
-    Raises ValueError if the folder has no meta.json.
+    Raises ValueError if its meta.json or tokenizer.tiktoken is missing or broken.
     """
     meta = read_meta(folder)
-    lines = (Path(folder) / "tokenizer.tiktoken").read_bytes().splitlines()
-    tokens = [base64.b64decode(line.split()[0]) for line in lines]
-    return Tokenizer(meta["tokenizer"], meta["pattern"], tokens)
+    path = Path(folder) / "tokenizer.tiktoken"
+    with reading(path, how_to_make(folder)):
+        tokens = [base64.b64decode(line.split()[0], validate=True)
+                  for line in path.read_bytes().splitlines()]
+        if len(tokens) + 1 != meta["vocab_size"]:  # eot is the last
+            raise ValueError(f"it has {len(tokens)} tokens, meta.json says {meta['vocab_size']} "
+                             f"with eot")
+        return Tokenizer(meta["tokenizer"], meta["pattern"], tokens)
 
 
 # ---- the output folder
 
 def read_meta(folder):
     """meta.json of a data folder as a dict. Raises ValueError if it is missing or broken."""
-    try:
-        return dict(json.loads((Path(folder) / "meta.json").read_text("utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{folder} has no finished meta.json ({error}): run prepare_data.py, "
-                         f"if need be with --force") from None
+    path = Path(folder) / "meta.json"
+    with reading(path, how_to_make(folder)):
+        meta = json.loads(path.read_text("utf-8"))
+        for name, kind in META.items():
+            if not isinstance(meta[name], kind):
+                raise TypeError(f"its {name} is {meta[name]!r}")
+        for split in ("train", "val"):
+            meta["tokens"][split], meta["sha256"][f"{split}.bin"]  # KeyError if one is missing
+    return meta
+
+
+def how_to_make(folder):
+    """What to do about a file of a data folder, or of a run folder, that is missing or broken."""
+    name = Path(folder).name
+    if (Path(folder) / "config.json").exists():
+        return "copy it from the folder of the data that the run was trained on"
+    source = name if name in ("facts", *SOURCES) else "SOURCE"
+    return (f"make the data: python prepare_data.py {source} --out {folder} (--force replaces what "
+            f"is there)")
+
+
+# What every meta.json holds, and of which type.
+META = {"vocab_size": int, "eot": int, "tokenizer": str, "pattern": str, "tokens": dict,
+        "sha256": dict}
 
 
 def is_finished(out, settings, force):
@@ -218,15 +409,29 @@ def is_finished(out, settings, force):
 
 
 @contextlib.contextmanager
-def unfinished(out):
+def making(out, settings, force):
     """A temporary folder inside `out`. If the block succeeds, its files move to `out`.
 
     The old meta.json is deleted first and the new one is moved last, so there is never a meta.json
-    beside files that it does not describe.
+    beside files that it does not describe. When two processes make the same folder, one waits for
+    the other, finds `out` finished with its settings, and gets None.
     """
     out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out / ".lock", message=f"another process is making {out}"):
+        if is_finished(out, settings, force):
+            yield None
+            return
+        with unfinished(out) as folder:
+            yield folder
+
+
+@contextlib.contextmanager
+def unfinished(out):
+    """The temporary folder of making()."""
     temporary = out / "unfinished"
-    temporary.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(temporary, ignore_errors=True)  # that of a process that was killed
+    temporary.mkdir()
     try:
         yield temporary
         (out / "meta.json").unlink(missing_ok=True)
@@ -413,7 +618,7 @@ RELATIONS = [
 TRAINED_PHRASINGS = 4
 
 
-def make_facts(out="data/facts", people=6000, relations=5, answers=64, documents=1_000_000,
+def make_facts(out="data/facts", people=8000, relations=5, answers=64, documents=640_000,
                val_documents=4096, zipf_shift=20.0, zipf_power=1.0, control=200, seed=1337,
                tokenizer="words", force=False):
     """Make the folder `out` with facts about invented people: `people` x `relations` of them.
@@ -438,7 +643,9 @@ def make_facts(out="data/facts", people=6000, relations=5, answers=64, documents
     check_space([("tokens", out, 2 * window * (documents + val_documents + 2 * F))])
     # Sums of the probabilities: person r is drawn by a number between chance[r-1] and chance[r].
     chance = ((np.arange(people) + zipf_shift) ** -float(zipf_power)).cumsum()  # (people,)
-    with unfinished(out) as folder:
+    with making(out, settings, force) as folder:
+        if folder is None:  # another process has made it meanwhile
+            return
         # exposures (F,): how often each fact is in train.bin
         exposures, _ = write_facts(
             folder / "train.bin", documents, rng, windows, chance, relations, tok.eot)
@@ -571,12 +778,14 @@ def chunks(raw, suffix):
 
 
 def characters(path):
-    """The text of a file, in strings of about a million characters.
+    """The text of a file, in strings of about a million characters, its line ends made \\n.
 
     Raises ValueError if the file is not UTF-8, or if a packed file is damaged.
     """
-    # A chunk may end inside a character. The decoder keeps such bytes for the next chunk.
+    # A chunk may end inside a character, or between \r and \n. The decoders keep such bytes and
+    # characters for the next chunk. The second one turns every line end into \n.
     decoder = codecs.getincrementaldecoder("utf-8")()
+    line_ends = io.IncrementalNewlineDecoder(None, translate=True)
     at = 0  # bytes of text that came before this chunk
     progress = Progress(f"reading {path.name}", path.stat().st_size)
     with open(path, "rb") as raw:
@@ -586,7 +795,7 @@ def characters(path):
                 text = decoder.decode(chunk, final=not chunk)
                 if at == 0:
                     text = text.removeprefix("\ufeff")  # the byte order mark that Windows writes
-                yield text
+                yield line_ends.decode(text, final=not chunk)
                 at += len(chunk)
                 progress.show(raw.tell())
         except UnicodeDecodeError as error:
@@ -661,15 +870,10 @@ def plan_text(path, separator, val_fraction):
         ended += ends
         if ended == 2:
             return [Reading(path)]
+    print(f"{path}: one document, as {separator!r} does not stand between any two (--separator): "
+          f"its end is for validation")
     cut = min(round(size * (1 - val_fraction)), size - 1)
     return [Reading(path, "train", max(1, cut))]
-
-
-def plan_corpus(paths, full):
-    """How to split a known corpus: by file if it comes as train and valid, else by document."""
-    if len(paths) == 2 and not full:
-        return [Reading(paths[0], "train"), Reading(paths[1], "val")]
-    return [Reading(path) for path in paths]
 
 
 def batches(plan, separator, every):
@@ -772,6 +976,12 @@ class PoliteRetry(urllib3.util.Retry):
     wait is printed, it is at most LONGEST_WAIT, and a Retry-After that makes no sense is ignored.
     """
 
+    def increment(self, method=None, url=None, response=None, error=None, **more):
+        """urllib3 calls this after each failure. A certificate is not better at the next try."""
+        if error is not None and certificate_hint(error):
+            raise urllib3.exceptions.MaxRetryError(more.get("_pool"), url, error)
+        return super().increment(method, url, response, error, **more)
+
     def get_retry_after(self, response):
         """The seconds that the server asks us to wait, or None."""
         try:
@@ -794,6 +1004,14 @@ class PoliteRetry(urllib3.util.Retry):
         address = last.url.partition("?")[0]  # what comes after the ? can be a secret signature
         print(f"{address}: {problem}; again in {seconds:.0f} s", flush=True)
         time.sleep(seconds)
+
+
+def certificate_hint(error):
+    """What to do if an exception says that a server's certificate is not trusted, else ""."""
+    if "CERTIFICATE_VERIFY_FAILED" not in str(error):
+        return ""
+    return ("; the certificate is not trusted: behind a proxy that has its own, set "
+            "REQUESTS_CA_BUNDLE to the file of its certificate; else set this machine's clock")
 
 
 class HubSession(requests.Session):
@@ -908,7 +1126,8 @@ def ask(session, url, have, way_out):
         # After all retries, this holds urllib3's MaxRetryError, and its reason is what went wrong.
         cause = error.args[0] if error.args else error
         reason = getattr(cause, "reason", error)
-        raise ValueError(f"{url}: {reason}, given up: {way_out}") from None
+        hint = certificate_hint(reason)
+        raise ValueError(f"{url}: {reason}, given up{hint}: {way_out}") from None
     if reply.status_code in (200, 206, 416):
         return reply
     reply.close()
@@ -947,46 +1166,56 @@ def get(target, no_verify):
     """
     folder, size, wanted = HUB.get(target.name, ("", 0, None))
     verify = wanted is not None and not no_verify
-    path = target
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-        if "://" not in hub:
-            hub = f"https://{hub}"
-        url = f"{hub.rstrip('/')}/{folder}{target.name}"
-        path = fetch(url, target, size if verify else None)
-    if verify:
-        found = sha256(path)
-        if found != wanted:
-            raise ValueError(
-                f"{path} ({path.stat().st_size} bytes) has sha256 {found}, {wanted} ({size} "
-                f"bytes) was expected: --no-verify takes it as it is, else delete it and get it "
-                f"again")
-    return path.rename(target)
+    if target.exists():  # perhaps on a disk that can only be read
+        if verify:
+            check_sha256(target, size, wanted)
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    if "://" not in hub:
+        hub = f"https://{hub}"
+    url = f"{hub.rstrip('/')}/{folder}{target.name}"
+    with locked(f"{target}.lock", message=f"another process is downloading {target}"):
+        if not target.exists():
+            part = fetch(url, target, size if verify else None)
+            if verify:
+                check_sha256(part, size, wanted)
+            part.rename(target)
+    return target
+
+
+def check_sha256(path, size, wanted):
+    """Raise ValueError if a file is not what was published."""
+    found = sha256(path)
+    if found != wanted:
+        raise ValueError(
+            f"{path} ({path.stat().st_size} bytes) has sha256 {found}, {wanted} ({size} bytes) was "
+            f"expected: --no-verify takes it as it is, else delete it and get it again")
 
 
 # ---- the text corpora
 
 def make_text(source, out="", tokenizer="gpt2", vocab_size=8192, separator=EOT, val_fraction=0.01,
               from_file=(), small=False, full=False, downloads="data/downloads", no_verify=False,
-              workers=os.cpu_count() or 1, force=False):
-    """Make the folder `out` from tinystories, openwebtext or a text file, as nanoGPT does.
+              workers=cpus(), force=False):
+    """Make the folder `out` from tinystories, openwebtext or texts of your own, as nanoGPT does.
 
     The documents follow one another, with eot after each. source: "tinystories", "openwebtext" or
-    the path of a text file. Each other parameter is described at its flag, below. Raises ValueError
-    for settings that cannot work, and if a file is damaged or too short or cannot be downloaded.
+    the path of a text file, or of a folder with .txt files. Each other parameter is described at
+    its flag, below. Raises ValueError for settings that cannot work, and if a file is damaged or
+    too short or cannot be downloaded.
     """
     is_known = source in SOURCES
-    separator = separator.replace("\\n", "\n")
-    out = out or f"data/{Path(source).name.split('.')[0]}"
-    local = from_file if is_known else [source]
+    # As in the text, every line end is one character.
+    separator = separator.replace("\\r", "").replace("\\n", "\n").replace("\r\n", "\n")
+    out = out or default_folder(source)
+    local = from_file if is_known else own_texts(source)
     check_source(source, local, from_file, small, full)
     check_text_numbers(vocab_size, separator, val_fraction, workers)
     paths = input_paths(source, local, downloads, small, full)
     sizes = {path: path.stat().st_size if local else HUB[path.name][1] for path in paths}
     settings = dict(
-        source=source if is_known else "text",
-        files={path.name: size for path, size in sizes.items()},
+        source=source if is_known else "text", files=name_files(source, paths, local),
         tokenizer=tokenizer, separator=separator, val_fraction=val_fraction,
         vocab_size=vocab_size if tokenizer == "words" else None)
     if is_finished(out, settings, force):
@@ -998,21 +1227,71 @@ def make_text(source, out="", tokenizer="gpt2", vocab_size=8192, separator=EOT, 
         tok = make_tokenizer(tokenizer)
     check_space(space_for_text(sizes, local, downloads, out, tokenizer))
     paths = [get(path, no_verify) for path in paths]
-    if is_known:
-        plan = plan_corpus(paths, full)
-    else:
+    if len(paths) == 1 and not is_known:
         plan = plan_text(paths[0], separator, val_fraction)
+    elif len(paths) == 2 and is_known and not full:
+        plan = [Reading(paths[0], "train"), Reading(paths[1], "val")]
+    else:
+        plan = [Reading(path) for path in paths]  # every so many documents, one is for validation
     every = 2000 if full else round(1 / val_fraction)  # nanoGPT keeps 0.0005 of OpenWebText
     if tok is None:
         words = frequent_words(batches(plan, separator, every), vocab_size)
         tok = make_tokenizer(tokenizer, words)
-    with unfinished(out) as folder:
+    with making(out, settings, force) as folder:
+        if folder is None:  # another process has made it meanwhile
+            return
         count = write_tokens(folder, tokenized(batches(plan, separator, every), tok, workers), tok)
         if not all(count.values()):
             raise ValueError(f"{source}: {count['train']} documents to train on, {count['val']} "
                              f"to validate on: more text is needed")
         origins = [origin(path) for path in paths]
         write_meta(folder, tok, count, source=origins, settings=settings)
+    val_tokens = (Path(out) / "val.bin").stat().st_size // 2
+    if val_tokens <= WINDOW:
+        print(f"{out}: {val_tokens} tokens to validate on are less than a window of {WINDOW}, so "
+              f"train.py will refuse them: use --force and more text or a larger --val-fraction "
+              f"(now {val_fraction}), or train with a lower --block-size")
+
+
+def name_files(source, paths, local):
+    """What settings say about the files: {name: bytes}, or {name: checksum} for local ones.
+
+    A text of your own may change and keep its size.
+    """
+    files = {}
+    for path in paths:
+        if not local:
+            files[path.name] = HUB[path.name][1]
+        elif path.is_relative_to(source) and path != Path(source):  # in a folder of texts
+            files[path.relative_to(source).as_posix()] = sha256(path)[:16]
+        else:
+            files[path.name] = sha256(path)[:16]
+    return files
+
+
+def default_folder(source):
+    """The folder of a source: data/tinystories, or data/my for .../my.txt.
+
+    Raises ValueError if that is the folder of a corpus which train.py looks for by its name.
+    """
+    path = Path(source)
+    name = path.resolve().name.strip(".").split(".")[0]
+    is_taken = name in ("facts", "facts-gpu", *SOURCES) and source not in SOURCES
+    if is_taken or not name:
+        raise ValueError(f"{source}: its folder would be data/{name}, which is not for texts: give "
+                         f"another one with --out data/NAME")
+    return f"data/{name}"
+
+
+def own_texts(source):
+    """The files that `source` names: itself, or the .txt files in it and its folders."""
+    path = Path(source)
+    if not path.is_dir():
+        return [path]
+    files = sorted(path.rglob("*.txt"))
+    if not files:
+        raise ValueError(f"{source}: there is no .txt file in this folder")
+    return files
 
 
 def origin(path):
@@ -1195,6 +1474,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    # The name of a file may have characters that the terminal cannot write.
-    sys.stdout.reconfigure(errors="replace")
+    steady_output()
     sys.exit(main())

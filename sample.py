@@ -22,17 +22,14 @@ import difflib
 import math
 import signal
 import sys
-import tokenize
-import zipfile
-import zlib
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 import kernel
-from prepare_data import load_tokenizer, read_meta
-from train import flag, load_checkpoint, pick_device
+from prepare_data import Steady, any_characters, load_tokenizer, read_meta
+from train import explain, flag, load_checkpoint, pick_device, read_facts
 
 
 # ---- the command line
@@ -100,11 +97,6 @@ def read_args(argv):
 
 # ---- the model
 
-# What a broken file can raise when it is read as JSON, as a vocabulary or as arrays of numpy.
-BROKEN = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, RuntimeError,
-          MemoryError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile, zlib.error)
-
-
 def load(args):
     """The run folder -> (GPT, Tokenizer, a line about them). Raises ValueError if it is broken."""
     kernel.backend(args.backend)
@@ -112,7 +104,7 @@ def load(args):
     parameters = model.param_counts()["total"]
     about = (f"{args.run}: {model.config.ffn}, step {checkpoint['step']}, "
              f"{parameters:,} parameters, on {args.device}")
-    tok = load_run_tokenizer(args.run)
+    tok = load_tokenizer(args.run)
     V = model.config.vocab_size
     if tok.vocab_size > V:
         raise ValueError(f"{args.run}/tokenizer.tiktoken: {tok.vocab_size} tokens > the model's "
@@ -123,15 +115,6 @@ def load(args):
     if args.ablate_memory:
         ablate_memory(model, args.run)
     return model.eval(), tok, about
-
-
-def load_run_tokenizer(run):
-    """The tokenizer of a run folder. Raises ValueError if its files are missing or broken."""
-    try:
-        return load_tokenizer(run)
-    except BROKEN:
-        raise ValueError(f"{run}: meta.json or tokenizer.tiktoken is not there or broken: "
-                         f"copy them from its data folder") from None
 
 
 def ablate_memory(model, run):
@@ -255,17 +238,12 @@ def plain_text(tok, ids):
 
 def load_facts(run):
     """recall.npz of a run folder -> a list of Fact. Raises ValueError if it cannot be read."""
-    path = f"{run}/recall.npz"
-    try:
-        with np.load(path) as arrays:
-            windows = arrays["seen"].tolist()
-            spans = arrays["seen_span"].tolist()
-            exposures = arrays["exposures"].tolist()
-            control = arrays["control"].tolist()
-    except BROKEN as e:
-        raise ValueError(f"cannot read {path} ({type(e).__name__}): "
-                         f"only runs on the facts corpus have any to ask") from None
-    return [Fact(*row) for row in zip(windows, spans, exposures, control)]
+    if "window" not in read_meta(run):
+        raise ValueError(f"--recall: {run} was not trained on the facts corpus, so there are no "
+                         f"facts to ask: leave it out")
+    facts = read_facts(run)
+    columns = [facts[name].tolist() for name in ("seen", "seen_span", "exposures", "control")]
+    return [Fact(*row) for row in zip(*columns)]
 
 
 def choose_facts(facts, tok, args):
@@ -289,18 +267,22 @@ def choose_facts(facts, tok, args):
 def main(argv=None):
     """The command line -> the exit status. What the user can mend is one line on stderr."""
     try:
+        any_characters()
         args = read_args(argv)
-        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a ?
         model, tok, about = load(args)
         if args.recall is None:
             write(model, tok, about, args)
         else:
             recall(model, tok, about, args)
         return 0
-    except (ValueError, OSError, RuntimeError) as e:  # RuntimeError: torch is out of memory
-        message = " ".join(str(e).split())
-        print(f"sample.py: {message}", file=sys.stderr)
-        return 1
+    except (ValueError, OSError) as e:
+        message = str(e)
+    except (RuntimeError, MemoryError) as e:
+        message = explain(e)
+        if not message:
+            raise
+    print("sample.py: " + " ".join(message.split()), file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":
@@ -308,4 +290,11 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    sys.exit(main())
+    code = main()
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        print(f"sample.py: the text cannot be written: {error.strerror}", file=sys.stderr)
+        Steady(sys.stdout).give_up()  # Python would try again, and complain at length
+        code = 1
+    sys.exit(code)

@@ -7,6 +7,7 @@ Train a GPT, dense or with memory layers, and say what it has learned.
     python train.py tinystories          # after: python prepare_data.py tinystories
     torchrun --standalone --nproc_per_node=8 train.py openwebtext
     python train.py --resume --out-dir out/facts-memory-1337
+    python train.py --init-from out/facts-memory-1337 --out-dir out/longer
 
 You see the settings, a line every few steps, and at the end what the model knows. A run folder
 out/<run> holds config.json, log.jsonl, ckpt.pt, at the end result.json and curves.png, and what
@@ -27,7 +28,6 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import platform
 import shutil
 import signal
@@ -47,6 +47,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import kernel
 import prepare_data
 from model import GPT, GPTConfig, setting
+from prepare_data import first_line, is_out_of_memory, reading
 
 
 # ---- settings
@@ -59,6 +60,8 @@ class Settings(GPTConfig):
     block_size: int = setting(0, "window length in tokens; 0: the data's (facts), or 256")
     data: str = setting("data/facts", "folder made by prepare_data.py")
     out_dir: str = setting("", "run folder; default out/<preset>-<ffn>-<seed>")
+    init_from: str = setting("", "run folder whose weights are the first ones of this run; "
+                             "its model's settings are taken over")
     seed: int = setting(1337, "of weights, batches and dropout")
     max_steps: int = setting(5000, "optimizer steps")
     batch_size: int = setting(128, "windows per step, over all ranks")
@@ -71,7 +74,7 @@ class Settings(GPTConfig):
     beta1: float = setting(0.9, "AdamW")
     beta2: float = setting(0.99, "AdamW")
     grad_clip: float = setting(1.0, "largest norm of the gradient; "
-                               "the values' gradient is clipped apart, to the same norm")
+                               "the values' gradient is clipped apart, to the same norm; 0: off")
     warmup_steps: int = setting(100, "steps of linear warm-up")
     log_every: int = setting(100, "steps between log lines")
     eval_every: int = setting(1000, "steps between evaluations and checkpoints")
@@ -119,13 +122,19 @@ FACTS = {
 # Settings that --resume may change: they affect what is learned by rounding at most.
 MAY_CHANGE = {"device", "backend", "compile", "micro_batch_size", "log_every", "data",
               "mem_parallel"}
-# Allowed ranges: lowest and highest.
+# Settings of the model that may differ from those of --init-from.
+MAY_DIFFER = {"block_size", "dropout"}
+# Allowed ranges: lowest and highest. GPTConfig.check has more to say of the model's.
+MANY = 2**31 - 1
 LIMITS = {
-    "max_steps": (1, math.inf), "batch_size": (1, math.inf), "log_every": (1, math.inf),
-    "eval_every": (1, math.inf), "eval_windows": (1, math.inf), "beta1": (0, 1 - 1e-9),
-    "beta2": (0, 1 - 1e-9), "learning_rate": (1e-30, math.inf), "value_lr": (1e-30, math.inf),
-    "grad_clip": (1e-30, math.inf), "weight_decay": (0, math.inf), "warmup_steps": (0, math.inf),
-    "seed": (0, math.inf), "micro_batch_size": (0, math.inf),
+    "max_steps": (1, MANY), "batch_size": (1, 2**24), "micro_batch_size": (0, 2**24),
+    "log_every": (1, MANY), "eval_every": (1, MANY), "eval_windows": (1, MANY),
+    "warmup_steps": (0, MANY), "seed": (0, 2**63 - 1), "mem_parallel": (0, MANY),
+    "beta1": (0, 1 - 1e-9), "beta2": (0, 1 - 1e-9), "learning_rate": (1e-30, math.inf),
+    "value_lr": (1e-30, math.inf), "grad_clip": (0, math.inf), "weight_decay": (0, 1e9),
+    "vocab_size": (0, 2**16), "block_size": (0, 2**20), "n_layer": (1, 1000),
+    "n_head": (1, 1000), "n_embd": (1, 2**16), "mem_heads": (1, 1000),
+    "mem_key_dim": (0, 2**16), "mem_value_dim": (0, 2**16),
 }
 
 
@@ -145,7 +154,8 @@ def make_parser():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("preset", nargs="?", default="facts",
                         help="which defaults to start from: " + ", ".join(PRESETS))
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out-dir")
+    parser.add_argument("--resume", action="store_true",
+                        help="go on with the run in --out-dir; start it if there is none")
     parser.add_argument("--compare", nargs="+", metavar="RUN",
                         help="print and draw these run folders side by side, train nothing")
     defaults = preset_settings("facts", {})
@@ -183,61 +193,99 @@ def read_settings(argv):
     runs = given.pop("compare")
     if preset not in PRESETS:
         parser.error(f"preset {preset!r} is unknown: choose one of {', '.join(PRESETS)}")
-    s = preset_settings(preset, given)
+    s = preset_settings(preset, inherited(given, resume) | given)
     if not s.out_dir:
         s.out_dir = f"out/{preset}-{s.ffn}-{s.seed}"
         if s.profile:
             s.out_dir += "-profile"
-    if resume:
-        s = resumed_settings(s.out_dir, given)
+    if runs:
+        s.out_dir = given.get("out_dir", "")
+    elif resume:
+        s, preset = resumed_settings(s, preset, given)
     return s, preset, resume, runs
 
 
-def resumed_settings(out_dir, given):
-    """The settings of the run in out_dir; `given` may change what does not change the run."""
-    path = Path(out_dir) / "config.json"
-    way_out = "nothing to resume: give the folder of a run with --out-dir"
-    saved = read_json(path, way_out)["settings"]
-    unknown = saved.keys() - {f.name for f in dataclasses.fields(Settings)}
-    if unknown:
-        raise ValueError(f"{path} has the unknown setting {min(unknown)}: another version of this "
-                         f"program wrote it, start another run with --out-dir out/NAME")
-    saved["mem_layers"] = tuple(saved["mem_layers"])
-    s = Settings(**saved | dict(out_dir=out_dir))  # what is newer than the run has its default
+def inherited(given, resume):
+    """The settings of the model that --init-from brings along. `given` must agree with them."""
+    source = given.get("init_from")
+    if not source or (resume and not (Path(source) / "config.json").exists()):
+        return {}  # a run that is resumed has its own settings
+    saved = read_config(source)["settings"]
+    inherits = {f.name for f in dataclasses.fields(GPTConfig)} - MAY_DIFFER
+    for name in inherits & given.keys() & saved.keys():
+        if given[name] != saved[name]:
+            raise ValueError(f"{flag(name)} {given[name]} is not the {saved[name]} of --init-from "
+                             f"{source}: leave it out")
+    return {name: saved[name] for name in inherits & saved.keys()}
+
+
+def resumed_settings(s, preset, given):
+    """The settings and the preset of the run in s.out_dir; `given` may change some settings.
+
+    If there is no run yet, they are those of a new one: s and preset.
+    """
+    out = Path(s.out_dir)
+    if not (out / "config.json").exists() and not (out / "ckpt.pt").exists():
+        return s, preset
+    config = read_config(out)
+    # What is newer than the run has its default.
+    old = Settings(**config["settings"] | dict(out_dir=s.out_dir))
     for name in given.keys() - {"out_dir"}:
         if name in MAY_CHANGE:
-            setattr(s, name, given[name])
-        elif given[name] != getattr(s, name):
-            raise ValueError(f"{flag(name)} {given[name]} is not the run's {getattr(s, name)}: a "
-                             f"resumed run keeps its settings, start another with --out-dir")
-    return s
+            setattr(old, name, given[name])
+        elif given[name] != getattr(old, name):
+            raise ValueError(f"{flag(name)} {given[name]} is not the run's {getattr(old, name)}: a "
+                             f"resumed run keeps its settings, start another one, perhaps from its "
+                             f"weights, with --init-from {out} --out-dir out/NAME")
+    return old, config.get("preset", preset)
+
+
+def read_config(folder):
+    """config.json of a run folder. Raises ValueError if it is missing, or not one of ours."""
+    path = Path(folder) / "config.json"
+    kinds = {f.name: f.type for f in dataclasses.fields(Settings)}
+    with reading(path, "give the folder of a run that this version of train.py has made, or start "
+                       "another run with --out-dir out/NAME"):
+        config = json.loads(path.read_text("utf-8"))
+        saved = config["settings"]
+        saved["mem_layers"] = tuple(saved["mem_layers"])
+        for name, value in saved.items():
+            if name not in kinds:
+                raise ValueError(f"unknown setting {name}")
+            fits = isinstance(value, (int, float) if kinds[name] is float else kinds[name])
+            if not fits and not (name == "compile" and value is None):
+                raise TypeError(f"the setting {name} is {value!r}")
+    return config
 
 
 def fit_to_data(s, world):
     """Fill in what the data decides, and refuse what cannot work. Returns the data's meta.json."""
-    way_out = f"prepare the data first: python prepare_data.py {Path(s.data).name}"
-    meta = read_json(Path(s.data) / "meta.json", way_out)
+    meta = prepare_data.read_meta(s.data)
     V = meta["vocab_size"]
     window = meta.get("window")  # of the facts corpus, where each window holds one fact
     if not s.vocab_size:
         s.vocab_size = V if V < 10_000 else (V + 63) // 64 * 64
     if not s.block_size:
         s.block_size = window or 256
+    check_limits(s)
     if s.vocab_size < V:
         raise ValueError(f"--vocab-size {s.vocab_size} < {V} tokens in {s.data}: "
                          f"raise it or leave it out")
     if window and s.block_size != window:
         raise ValueError(f"--block-size {s.block_size} is not {s.data}'s window of {window} "
                          f"tokens, one fact each: leave it out")
+    check_ranks(s, world)
+    s.check()
+    return meta
+
+
+def check_limits(s):
     for name, (low, high) in LIMITS.items():
         value = getattr(s, name)
         if value > high:
             raise ValueError(f"{flag(name)} {value} is above {high}: lower it")
         if not value >= low:  # also when it is nan
             raise ValueError(f"{flag(name)} {value} is not at least {low}: raise it")
-    check_ranks(s, world)
-    s.check()
-    return meta
 
 
 def check_ranks(s, world):
@@ -255,12 +303,10 @@ def check_ranks(s, world):
 
 # ---- files
 
-def read_json(path, way_out, parse=json.loads):
-    """What a file holds, or a ValueError that says what to do."""
-    try:
-        return parse(Path(path).read_text("utf-8"))
-    except (OSError, ValueError) as e:
-        raise ValueError(f"cannot read {path} ({type(e).__name__}): {way_out}") from None
+def read_json(path, way_out):
+    """What a JSON file holds, or a ValueError that says what to do."""
+    with reading(path, way_out):
+        return json.loads(Path(path).read_text("utf-8"))
 
 
 def write_whole(path, write):
@@ -273,10 +319,10 @@ def write_whole(path, write):
         write(part)
         os.replace(part, path)
     except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError when the disk is full
-        part.unlink(missing_ok=True)
-        why = str(e).splitlines()[0]
-        raise ValueError(f"cannot write {path} ({why}): free some space or choose another "
-                         f"--out-dir; what was saved before is still there") from None
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise ValueError(f"cannot write {path} ({first_line(e)}): free some space or see to the "
+                         f"folder's permissions; what was saved before is still there") from None
 
 
 def write_text(path, text):
@@ -299,18 +345,16 @@ class Loader:
 
     def __init__(self, folder, split, meta, s):
         path = Path(folder) / f"{split}.bin"
-        try:
+        way_out = prepare_data.how_to_make(folder)
+        with reading(path, way_out):
             self.tokens = np.memmap(path, dtype="<u2", mode="r")
-        except (OSError, ValueError) as e:
-            raise ValueError(f"cannot read {path} ({type(e).__name__}): "
-                             f"prepare the data again") from None
         if len(self.tokens) != meta["tokens"][split]:
             raise ValueError(f"{path} has {len(self.tokens)} tokens, meta.json says "
-                             f"{meta['tokens'][split]}: prepare the data again")
+                             f"{meta['tokens'][split]}: {way_out}")
         if path.stat().st_size < 2**30:  # a larger file takes too long to check
             if hashlib.sha256(self.tokens).hexdigest() != meta["sha256"][f"{split}.bin"]:
                 raise ValueError(f"{path} is not the file that meta.json describes (its sha256 "
-                                 f"differs): prepare the data again")
+                                 f"differs): {way_out}")
         self.T = s.block_size
         self.seed = s.seed
         self.batch_size = s.batch_size
@@ -318,7 +362,8 @@ class Loader:
         self.epoch = None  # whose order is in self.order
         if self.windows < 1:
             raise ValueError(f"{path} has {len(self.tokens)} tokens, a window needs {self.T + 1}: "
-                             f"lower --block-size or use more text")
+                             f"lower --block-size, or prepare more text or with another "
+                             f"--val-fraction")
 
     def window(self, i):
         """i (b,) window numbers -> x, y (b, T) int64."""
@@ -369,18 +414,23 @@ def make_optimizers(model, s):
     optimizers = [torch.optim.AdamW(groups, lr=s.learning_rate, betas=betas, fused=True)]
     if model.tables:
         tables = list(model.tables)
-        optimizers.append(TableAdamW(tables, s.value_lr, betas, s.grad_clip, s.compile))
+        optimizers.append(TableAdamW(tables, s.value_lr, betas, largest_norm(s), s.compile))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]  # the loop sets lr to peak * schedule
     return optimizers, matrices + rest
 
 
+def largest_norm(s):
+    """What gradients are clipped to."""
+    return s.grad_clip or math.inf
+
+
 class TableAdamW(torch.optim.AdamW):
     """AdamW for memory tables, without decay. It updates all rows: a batch reads most of them.
 
     tables: list of MemoryTable. clip: largest norm of the gradient, that of all tables together.
-    compile: torch.compile for the step of bfloat16 tables; None: with CUDA.
+    compile: torch.compile for the step of bfloat16 tables; None: with CUDA and Triton.
 
     float32 tables go through torch's AdamW. bfloat16 tables go through adamw_bfloat16_ and take 10
     bytes a value: the value and two moments in bfloat16, and the gradient, summed in float32 over
@@ -392,7 +442,7 @@ class TableAdamW(torch.optim.AdamW):
         super().__init__(values, lr=lr, betas=betas, weight_decay=0.0, fused=True)
         self.tables = tables
         self.clip = clip
-        self.compile = values[0].is_cuda if compile is None else compile
+        self.compile = will_compile(compile, values[0].device.type)
         for table in tables:
             p = table.values  # (S, D/P)
             if not p.requires_grad:
@@ -671,56 +721,84 @@ def usage(model):
 
 # ---- checkpoints
 
-def save_checkpoint(folder, model, optimizers, step, seconds, settings):
-    """Write what load_checkpoint reads. All ranks call it.
+def save_checkpoint(folder, model, optimizers, step, seconds, settings, line=None):
+    """Write what load_checkpoint reads -> None, or what went wrong. All ranks call it.
 
-    ckpt.pt holds tensors and plain types alone, so that it loads with weights_only=True. The slices
-    of a table over several ranks are files of their own. The ranks that hold them write them before
-    ckpt.pt names them: whenever a run is killed, ckpt.pt and the files it names are whole.
+    Every rank returns a problem, or none does. ckpt.pt holds tensors and plain types alone, so that
+    it loads with weights_only=True. The slices of a table over several ranks are files of their
+    own. The ranks that hold them write them before ckpt.pt names them: whenever a run is killed,
+    ckpt.pt and the files it names are whole. line: the numbers of the last step, for the log.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     parts = model.tables[0].parts if model.tables else 1  # P
     # The first P ranks hold the table once, each a slice. Other ranks hold copies of these.
     names = [f"ckpt-{step}-{i}of{parts}.pt" for i in range(parts)] if parts > 1 else []
     tables = dict(tables=optimizers[1].slices() if model.tables else [])
+    problem = None
     if rank < len(names):
-        write_whole(folder / names[rank], lambda part: torch.save(tables, part))
-    if names:
-        dist.barrier()
+        problem = try_to_save(tables, folder / names[rank])
+    if somebodys(problem):
+        return problem or OTHER_RANK
     if rank == 0:
         state = dict(optimizer=optimizers[0].state_dict(), slices=names, step=step,
-                     seconds=seconds, settings=settings)
+                     seconds=seconds, settings=settings, line=line)
         weights = model.state_dict().items()
         state["model"] = {name: p for name, p in weights if not name.endswith(".values")}
         if not names:
             state.update(tables)
-        write_whole(folder / "ckpt.pt", lambda part: torch.save(state, part))
-        for old in folder.glob("ckpt-[0-9]*of*.pt*"):
-            if old.name not in names:
-                old.unlink()
-    if dist.is_initialized():
-        dist.barrier()  # nobody goes on, or leaves, while another still writes
+        problem = try_to_save(state, folder / "ckpt.pt")
+        if problem is None:
+            for old in folder.glob("ckpt-[0-9]*of*.pt*"):
+                if old.name not in names:
+                    old.unlink()
+    # Nobody goes on, or leaves, while another still writes.
+    return (problem or OTHER_RANK) if somebodys(problem) else None
 
 
-def load_checkpoint(folder, device="cpu", mesh=None):
+OTHER_RANK = "another rank could not write its part of the checkpoint"
+
+
+def try_to_save(content, path):
+    """torch.save -> None, or what went wrong."""
+    def write(part):
+        with open(part, "wb") as file:  # given a path, torch.save does not say why it fails
+            torch.save(content, file)
+    try:
+        write_whole(path, write)
+    except ValueError as e:
+        return str(e)
+
+
+def somebodys(problem):
+    """Whether any rank has a problem, something other than None. All ranks wait for each other."""
+    if not dist.is_initialized():
+        return problem is not None
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    return sum_over_ranks(torch.tensor(float(problem is not None), device=device)).item() > 0
+
+
+def load_checkpoint(folder, device="cpu", mesh=None, **changes):
     """A run folder -> (GPT, checkpoint), for training and for sample.py.
 
     checkpoint: model, optimizer, step, seconds, settings, and tables: for each one {"values",
     "exp_avg", "exp_avg_sq"}, lists of the slices that it was saved in. With a mesh the GPT holds
-    this rank's dims of the tables, whatever the number of ranks that saved them.
-    Raises ValueError when there is no checkpoint, or one that is broken or another program's.
+    this rank's dims of the tables, whatever the number of ranks that saved them. changes: settings
+    of the GPT that replace the saved ones. Raises ValueError when there is no checkpoint, or one
+    that cannot be read, and says why.
     """
     path = Path(folder) / "ckpt.pt"
     if not path.exists():
         raise ValueError(f"{path} does not exist: give the folder of a run that has saved a "
                          f"checkpoint")
-    try:
+    way_out = ("it and the slices of its table belong together, bring them into one folder, or "
+               "train anew in another one")
+    with reading(path, way_out):
         state = read_checkpoint(path)
         saved = [read_checkpoint(path.with_name(name)) for name in state["slices"]] or [state]
         settings = dict(state["settings"], mem_layers=tuple(state["settings"]["mem_layers"]))
         # A setting that is newer than the checkpoint has its default.
         names = {f.name for f in dataclasses.fields(GPTConfig)}
-        config = {name: settings[name] for name in names & settings.keys()}
+        config = {name: settings[name] for name in names & settings.keys()} | changes
         model = GPT(GPTConfig(**config), mesh)
         weights = dict(state["model"])
         tables = []
@@ -733,18 +811,7 @@ def load_checkpoint(folder, device="cpu", mesh=None):
         state["tables"] = tables
         for name in ("step", "optimizer", "seconds"):
             state[name]  # KeyError if it is missing
-    except FileNotFoundError as e:
-        raise ValueError(f"{e.filename} is missing: {path} and the slices of the table belong "
-                         f"together, bring them into one folder") from None
-    except BROKEN as e:
-        raise ValueError(f"{path} is not a whole checkpoint of this program "
-                         f"({type(e).__name__}): train anew in another folder") from None
     return model.to(device), state
-
-
-# What a broken file, or one of another program, can raise when it is read as a checkpoint.
-BROKEN = (OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError,
-          ArithmeticError, AssertionError, pickle.UnpicklingError)
 
 
 def read_checkpoint(path):
@@ -756,32 +823,89 @@ def read_checkpoint(path):
 
 # ---- the run folder
 
-def prepare_folder(out, s, step, hardware):
+@contextlib.contextmanager
+def own_folder(s, rank, resume):
+    """Keep other processes from writing into the run folder in this block.
+
+    A run that was killed may need some seconds to end. Another one that resumes it waits for that.
+    """
+    if rank or s.profile:
+        yield
+        return
+    out = Path(s.out_dir)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".lock").touch()
+    except OSError as e:
+        raise ValueError(f"cannot write in {out} ({first_line(e)}): "
+                         f"choose another --out-dir") from None
+    with prepare_data.locked(out / ".lock", 10 if resume else 0,
+                             f"another run is writing to {out}: wait for its end, or start this "
+                             f"one with --out-dir out/NAME"):
+        yield
+
+
+def prepare_folder(s, preset, step, hardware):
     """Write config.json, and what sampling needs of the data, so that the folder stands alone.
 
     A run that is resumed at `step` drops what it logged after that.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for name in ("meta.json", "tokenizer.tiktoken", "recall.npz"):
-            if (Path(s.data) / name).exists():
-                shutil.copy(Path(s.data) / name, out)
-        log = out / "log.jsonl"
-        kept = []
-        if step:
-            for line in log.read_text("utf-8").splitlines():
-                is_complete = line.endswith("}")
-                if is_complete and json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-        write_text(log, "".join(kept))
-    except OSError as e:
-        raise ValueError(f"cannot write in {out} ({e.strerror or e}): "
-                         f"choose another --out-dir") from None
+    out = Path(s.out_dir)
+    for name in ("meta.json", "tokenizer.tiktoken", "recall.npz"):
+        if (Path(s.data) / name).exists():
+            # The content alone: the original may be read-only, and its copy must not be.
+            write_whole(out / name, lambda part: shutil.copyfile(Path(s.data) / name, part))
+    if step == 0:
+        for name in ("result.json", "curves.png"):  # of a run whose checkpoint was deleted
+            (out / name).unlink(missing_ok=True)
+    lines = logged_lines(out) if step else []
+    write_text(out / "log.jsonl",
+               "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))
     versions = dict(python=platform.python_version(), torch=torch.__version__,
                     numpy=np.__version__)
     write_json(out / "config.json", dict(
-        settings=dataclasses.asdict(s), command=" ".join(sys.argv), git=git_commit(),
-        hardware=hardware, versions=versions))
+        settings=dataclasses.asdict(s), preset=preset, command=" ".join(sys.argv),
+        git=git_commit(), hardware=hardware, versions=versions))
+
+
+def logged_lines(out):
+    """The lines of log.jsonl. One that was cut off is left out."""
+    lines = []
+    if (out / "log.jsonl").exists():
+        for text in (out / "log.jsonl").read_text("utf-8", "replace").splitlines():
+            with contextlib.suppress(ValueError):
+                line = json.loads(text)
+                if isinstance(line, dict) and "step" in line:
+                    lines.append(line)
+    return lines
+
+
+class Log:
+    """log.jsonl. On a full disk its lines wait until one can be written again."""
+
+    def __init__(self, out):
+        self.path = out / "log.jsonl"
+        self.waiting = []
+
+    def add(self, line):
+        """Append a line, a dict."""
+        self.waiting.append(json.dumps(line) + "\n")
+        size = prepare_data.size_of(self.path)
+        try:
+            with open(self.path, "a", encoding="utf-8") as f:
+                f.write("".join(self.waiting))
+            self.waiting = []
+        except OSError as e:
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, size)  # a part of it may have been written
+            if len(self.waiting) == 1:
+                warn(f"cannot write {self.path} ({first_line(e)}): the run goes on, and its lines "
+                     f"are kept until there is space")
+
+
+def warn(message):
+    """A line on stderr about something that does not stop the run."""
+    print("train.py: " + " ".join(message.split()), file=sys.stderr, flush=True)
 
 
 def git_commit():
@@ -846,17 +970,19 @@ def read_run(folder):
     folder = Path(folder)
     way_out = "give folders of finished runs, as out/NAME"
     result = read_json(folder / "result.json", way_out)
-    settings = read_json(folder / "config.json", way_out)["settings"]
-    log = read_json(folder / "log.jsonl", way_out, parse_lines)
-    corpus = read_json(folder / "meta.json", way_out)["sha256"]
+    settings = read_config(folder)["settings"]
+    corpus = prepare_data.read_meta(folder)["sha256"]
+    with reading(folder / "log.jsonl", way_out):
+        text = (folder / "log.jsonl").read_text("utf-8")
+        log = [json.loads(line) for line in text.splitlines()]
+        for key in ("tokens", "seconds", "flops_per_token", "val_loss"):
+            result[key]  # KeyError if this is no result of ours
+        if not any("val_loss" in line for line in log):
+            raise ValueError("it has no evaluation")
     differ = {"seed", "out_dir", *MAY_CHANGE}
     same = {name: value for name, value in settings.items() if name not in differ}
     kind = json.dumps([same, corpus])
     return dict(name=folder.name, result=result, kind=kind, label=label(settings), log=log)
-
-
-def parse_lines(text):
-    return [json.loads(line) for line in text.splitlines()]
 
 
 def label(settings):
@@ -904,6 +1030,14 @@ def draw(folders, path):
     write_whole(path, lambda part: fig.savefig(part, dpi=80, format="png"))
 
 
+def try_to_draw(folders, path):
+    """draw() -> None, or what went wrong. A picture is not worth a run."""
+    try:
+        draw(folders, path)
+    except Exception as e:  # there is no end to what a broken matplotlib can raise
+        return f"no picture {path} ({first_line(e)})"
+
+
 def draw_curves(axes, group, name, with_facts):
     """The curves of one kind of run in every panel."""
     logs = [[line for line in run["log"] if "val_loss" in line] for run in group]
@@ -947,8 +1081,11 @@ COLUMNS = {
 }
 
 
-def compare(folders):
-    """Print runs side by side, the mean and spread of each kind, and ratios; draw compare.png."""
+def compare(folders, out=""):
+    """Print runs side by side, the mean and spread of each kind, and ratios; draw compare.png.
+
+    out: folder for the picture; "": the one that the first run is in.
+    """
     runs = [read_run(folder) for folder in folders]
     print(f"{'run':36s}" + "".join(f"{title:>18s}" for title in COLUMNS))
     for run in runs:
@@ -965,8 +1102,11 @@ def compare(folders):
     for group, mean in zip(groups[1:], means[1:]):
         ratios = [f"{title} {a / b:.2f}" for title, a, b in zip(COLUMNS, mean, means[0]) if b]
         print(f"{group[0]['name']} / {groups[0][0]['name']}: " + " · ".join(ratios))
-    picture = Path(folders[0]).parent / "compare.png"
-    draw(folders, picture)
+    picture = Path(out or Path(folders[0]).parent) / "compare.png"
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    problem = try_to_draw(folders, picture)
+    if problem:
+        raise ValueError(f"{problem}; --out-dir names another folder for it")
     print(f"drawn: {picture}")
 
 
@@ -996,23 +1136,105 @@ def pick_device(name):
     return name
 
 
-def choose_device(s, world):
-    """The device of this rank, as a string. Starts the process group if there are several ranks."""
-    kernel.backend(s.backend)
+def ranks():
+    """Rank of this process among all, and on its machine, and how many there are, from torchrun.
+
+    Raises ValueError if the environment is not that of torchrun.
+    """
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    way_out = "start several ranks with torchrun, or unset WORLD_SIZE, RANK and LOCAL_RANK"
+    try:
+        rank, local_rank, world = (int(os.environ.get(name, name == "WORLD_SIZE"))
+                                   for name in names)
+    except ValueError:
+        raise ValueError(f"WORLD_SIZE, RANK or LOCAL_RANK is not a number: {way_out}") from None
+    missing = [name for name in (*names, "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if world > 1 and missing:
+        raise ValueError(f"WORLD_SIZE is {world}, but there is no {', '.join(missing)}: {way_out}")
+    if not 0 <= rank < world:
+        raise ValueError(f"RANK {rank} is not in 0..{world - 1}: {way_out}")
+    return rank, local_rank, world
+
+
+def choose_device(s, local_rank=0, world=1):
+    """The device of this rank, as a string. Raises ValueError if it cannot do what s asks for."""
     device = pick_device(s.device)
+    if world > 1 and device == "mps":
+        if s.device == "mps":
+            raise ValueError("--device mps serves one rank only: use --device cpu")
+        device = "cpu"
+    if world > 1 and device == "cuda":
+        count = torch.cuda.device_count()
+        if local_rank >= count:
+            raise ValueError(f"rank {local_rank} of this machine has no GPU, there is a GPU for "
+                             f"{count} rank(s): start it with --nproc_per_node={count}")
+        device = f"cuda:{local_rank}"
     if s.ffn == "memory" and s.mem_dtype != "float32" and device == "mps":
         raise ValueError(f"--mem-dtype {s.mem_dtype} does not train on mps: "
                          f"use float32 there, or --device cpu")
-    if world > 1 and device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)
-    if world > 1:
-        library = "nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(library, timeout=timedelta(minutes=10))
+    wants_bfloat16 = s.ffn == "memory" and s.mem_dtype == "bfloat16"
+    if wants_bfloat16 and device.startswith("cuda") and not has_bfloat16():
+        raise ValueError(f"--mem-dtype bfloat16: {torch.cuda.get_device_name()} does not compute "
+                         f"in bfloat16: use --mem-dtype float32")
+    kernel.backend(s.backend)
     if device == "cpu":
         keep_freed_memory()
+    if "OMP_NUM_THREADS" not in os.environ and prepare_data.cpus() < torch.get_num_threads():
+        torch.set_num_threads(prepare_data.cpus())  # torch does not know of a container's limit
     return device
+
+
+def check_room(s, device, world):
+    """Raise ValueError if a model is too large to be trained in this machine's memory."""
+    if device.startswith("cuda"):
+        room = torch.cuda.get_device_properties(device).total_memory
+    elif hasattr(os, "sysconf"):
+        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:  # on Windows
+        return
+    mlps = s.n_layer
+    values = 0
+    if s.ffn == "memory":
+        mlps -= len(s.mem_layers)
+        tables = 1 if s.mem_share else len(s.mem_layers)
+        values = tables * s.mem_n_keys**2 * s.value_dim() / (s.mem_parallel or world)
+    # The large matrices: embedding, four of attention, eight times as many numbers in an MLP.
+    matrices = s.vocab_size * s.n_embd + (4 * s.n_layer + 8 * mlps) * s.n_embd**2
+    # A parameter with its gradient and two moments. See TableAdamW for tables.
+    needed = 16 * matrices + (10 if s.mem_dtype == "bfloat16" else 16) * values
+    if needed > room:
+        raise ValueError(f"the model takes {needed / 1e9:.0f} GB to train, and there are "
+                         f"{room / 1e9:.0f} GB: lower --mem-n-keys, --n-embd or --n-layer, or "
+                         f"share the table among more ranks")
+
+
+def has_bfloat16():
+    """Whether the GPU computes in bfloat16. Those before 2020 do not."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def will_compile(wanted, device):
+    """Whether to use torch.compile. wanted: None means with CUDA, if Triton works there."""
+    if wanted is not None:
+        return wanted
+    return device.startswith("cuda") and not kernel.triton_problem()
+
+
+def meet_the_others(device, rank, world):
+    """Start the process group, if there are several ranks. Raises ValueError if that fails."""
+    if world == 1:
+        return
+    library = "nccl" if device.startswith("cuda") else "gloo"
+    try:
+        dist.init_process_group(library, timeout=timedelta(minutes=10))
+        somebodys(None)  # the first exchange
+    except (RuntimeError, ValueError) as e:
+        raise ValueError(f"rank {rank} cannot reach the others ({first_line(e)}): see whether one "
+                         f"of them has stopped, and to MASTER_ADDR, MASTER_PORT and "
+                         f"{library.upper()}_SOCKET_IFNAME, which names a network interface (unset "
+                         f"it to let torch choose); then start all again") from None
 
 
 def keep_freed_memory():
@@ -1038,16 +1260,22 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
 
 
 class StopRequest:
-    """Ctrl-C or SIGTERM: the first asks the loop to save and leave, a second one leaves at once.
+    """Ctrl-C, SIGTERM or a terminal that closes: the first signal asks the loop to save and leave.
 
-    torchrun passes a Ctrl-C on, so that its ranks get it twice. A signal within three seconds of
-    the first is taken for the same one.
+    A second one leaves at once. torchrun passes a Ctrl-C on, so that its ranks get it twice: a
+    signal within three seconds of the first is taken for the same one. If torchrun was killed, its
+    ranks leave, too. nohup makes a process ignore that the terminal closes, and so it remains.
     """
 
     def __init__(self):
         self.time = None  # when it was asked for
+        self.parent = os.getppid()
+        self.under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
         signal.signal(signal.SIGINT, self.handle)
         signal.signal(signal.SIGTERM, self.handle)
+        closes = getattr(signal, "SIGHUP", None)  # Windows has none
+        if closes and signal.getsignal(closes) != signal.SIG_IGN:
+            signal.signal(closes, self.handle)
 
     def handle(self, number, frame):
         now = time.monotonic()
@@ -1057,7 +1285,8 @@ class StopRequest:
             os._exit(130)
 
     def __bool__(self):
-        return self.time is not None
+        is_orphan = self.under_torchrun and os.getppid() != self.parent
+        return self.time is not None or is_orphan
 
 
 # The first steps of a process compile and warm up, so they are no measure of speed.
@@ -1090,6 +1319,10 @@ class Stopwatch:
             self.timed_seconds += lap
         return lap / steps
 
+    def speed(self):
+        """Steps per second; 0 for a run that had only to be finished."""
+        return self.timed_steps / self.timed_seconds if self.timed_steps else 0.0
+
     def go_on(self, step):
         """The next lap begins."""
         self.since = step
@@ -1112,10 +1345,11 @@ class Trainer:
         self.rank = rank
         self.world = world
         self.loader = Loader(s.data, "train", meta, s)
+        check_room(s, device, world)
         torch.manual_seed(s.seed)
         torch.set_float32_matmul_precision("high")
         self.ctx = contextlib.nullcontext()
-        if self.cuda:
+        if self.cuda and has_bfloat16():
             self.ctx = torch.autocast("cuda", torch.bfloat16)
 
         # The rows of each global batch that are this rank's, and how many it takes at a time.
@@ -1130,32 +1364,44 @@ class Trainer:
                                     mesh_dim_names=("replica", "slice"))
         self.first_step = 0
         self.seconds = 0.0
+        self.line = None  # numbers of the last step of a run that had only its end left to do
         if resume:
             self.load(meta, mesh)
+        elif s.init_from:
+            self.model = self.take_weights(mesh)
+            self.optimizers, self.dense = make_optimizers(self.model, s)
         else:
             self.model = GPT(s, mesh).to(device)
             self.optimizers, self.dense = make_optimizers(self.model, s)
-        self.compiled = self.cuda if s.compile is None else s.compile
+        self.compiled = will_compile(s.compile, device)
         self.net = self.wrap()
+
+    def take_weights(self, mesh):
+        """The model of --init-from, if it has learned the tokens of this data."""
+        s = self.s
+        changes = {name: getattr(s, name) for name in MAY_DIFFER}
+        model, _ = load_checkpoint(s.init_from, self.device, mesh, **changes)
+        theirs = prepare_data.load_tokenizer(s.init_from)
+        if theirs.tokens != prepare_data.load_tokenizer(s.data).tokens:
+            raise ValueError(f"--init-from {s.init_from}: it was trained on other tokens than "
+                             f"{s.data} has: prepare the text with its tokenizer")
+        return model
 
     def load(self, meta, mesh):
         """Take model and optimizers from the checkpoint of a run that is to go on."""
         s = self.s
         out = Path(s.out_dir)
         self.model, state = load_checkpoint(out, self.device, mesh)
-        way_out = "start another run with --out-dir"
-        if read_json(out / "meta.json", way_out)["sha256"] != meta["sha256"]:
+        if prepare_data.read_meta(out)["sha256"] != meta["sha256"]:
             raise ValueError(f"{s.data} is not the data that {out} was trained on: "
                              f"point --data at that")
-        if state["step"] >= s.max_steps:
-            raise ValueError(f"{out} has finished its {s.max_steps} steps: nothing to resume, "
-                             f"start another with --out-dir out/NAME")
         self.optimizers, self.dense = make_optimizers(self.model, s)
         self.optimizers[0].load_state_dict(state["optimizer"])
         if self.model.tables:
             self.optimizers[1].load(state["tables"], state["step"])
         self.first_step = state["step"]
         self.seconds = state["seconds"]
+        self.line = state.get("line")
 
     def wrap(self):
         """The model as it is called in training: compiled, and over several ranks in DDP."""
@@ -1192,7 +1438,7 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * schedule(step, self.s)
         loss = self.forward_and_backward(step)
-        norms = [torch.nn.utils.clip_grad_norm_(self.dense, self.s.grad_clip)]
+        norms = [torch.nn.utils.clip_grad_norm_(self.dense, largest_norm(self.s))]
         self.optimizers[0].step()
         for table_optimizer in self.optimizers[1:]:
             norms.append(table_optimizer.step())  # it clips by itself
@@ -1219,9 +1465,10 @@ class Trainer:
             t = t.pin_memory()  # so that nobody waits until it is copied
         return t.to(self.device, non_blocking=True)
 
-    def save(self, step, seconds):
-        save_checkpoint(Path(self.s.out_dir), self.model, self.optimizers, step, seconds,
-                        dataclasses.asdict(self.s))
+    def save(self, step, seconds, line=None):
+        """Write the checkpoint -> None, or what went wrong, see save_checkpoint."""
+        return save_checkpoint(Path(self.s.out_dir), self.model, self.optimizers, step, seconds,
+                               dataclasses.asdict(self.s), line)
 
 
 def profile(trainer):
@@ -1247,123 +1494,209 @@ def profile(trainer):
 
 def train(s, preset, resume):
     """A whole run -> its exit status: 0, or 130 if it was asked to stop and has saved."""
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    device = choose_device(s, world)
+    rank, local_rank, world = ranks()
     out = Path(s.out_dir)
     has_checkpoint = (out / "ckpt.pt").exists()
-    if rank == 0 and not resume and has_checkpoint:
+    if resume and has_checkpoint and (out / "result.json").exists():
+        if rank == 0:
+            print(f"{out} has finished its {s.max_steps} steps. To go on from its weights, start "
+                  f"another run: --init-from {out} --out-dir out/NAME")
+        return 0
+    if rank == 0 and has_checkpoint and not resume:
         raise ValueError(f"{out} holds a run already: go on with it by --resume, or start another "
                          f"with --out-dir out/NAME")
+    device = choose_device(s, local_rank, world)
+    meet_the_others(device, rank, world)
     if rank == 0:
         make_missing_data(s, preset)
-    if world > 1:
-        dist.barrier()
+    somebodys(None)  # all wait for the data
     meta = fit_to_data(s, world)
-    facts = None
-    if "window" in meta:
-        facts = dict(np.load(Path(s.data) / "recall.npz"))
-    # A run that died before its first checkpoint starts again.
-    trainer = Trainer(s, meta, device, rank, world, resume and has_checkpoint)
-    hardware = describe_hardware(device)
-    if rank == 0:
-        print(describe_run(trainer, preset, hardware))
-    if s.profile:
-        profile(trainer)
-        return 0
-    val = Loader(s.data, "val", meta, s)
-    model = trainer.model
-    flops = model.flops_per_token()
-    tokens_per_step = s.batch_size * s.block_size
-    read_per_step = s.batch_size / trainer.loader.windows  # share of the corpus
-    if rank == 0:
-        prepare_folder(out, s, trainer.first_step, hardware)
-
-    stop = StopRequest()
-    watch = Stopwatch(trainer.seconds, trainer.first_step)
-    for step in range(trainer.first_step + 1, s.max_steps + 1):
-        is_last = step == s.max_steps
-        time_to_evaluate = is_last or step % s.eval_every == 0
-        time_to_log = time_to_evaluate or step % s.log_every == 0
-        # torch.compile makes two graphs, with and without counting reads. We count in the first
-        # step, so that both are there before timing begins.
-        is_first = step == trainer.first_step + 1
-        trainer.count_reads(time_to_log or is_first)
-        loss, norms = trainer.step(step - 1)
-
-        # Looking at the loss makes the CPU wait for the device, so we look only when something
-        # depends on it. Ranks must look at the same step, since they decide together.
-        warmed_up = step == trainer.first_step + WARM_UP  # ends the lap that is not timed
-        may_stop = bool(stop) if world == 1 else step % 10 == 0
-        must_look = time_to_log or warmed_up or may_stop
-        if not must_look:
-            continue
-        loss = sum_over_ranks(loss) / world
-        check_finite(loss, norms, step, s)
-        halt = somebody_wants(stop, device) and not is_last
-        seconds_per_step = watch.lap(step, is_last)
-
-        if time_to_log:
-            share, kl = usage(model)
-            line = dict(step=step, tokens=step * tokens_per_step, seconds=round(watch.seconds, 3),
-                        loss=loss.item(), norm=norms[0].item(),
-                        lr=s.learning_rate * schedule(step - 1, s),
-                        memory_usage=share, memory_kl=kl)
-            if rank == 0:
-                print(log_text(line, s, seconds_per_step, flops, peak_flops(hardware, world)),
-                      flush=True)
-        if time_to_evaluate:
-            line["val_loss"] = evaluate(model, val, s.eval_windows, trainer.ctx, rank, world)
-            known = {}
-            if facts:
-                count = None if is_last else 2000
-                known = ask_facts(model, facts, meta, step * read_per_step, rank, world, count)
-                line["recall"] = known["recall"]
-            if rank == 0:
-                print(evaluation_text(line), flush=True)
-        if time_to_log and rank == 0:
-            with open(out / "log.jsonl", "a", encoding="utf-8") as f:
-                f.write(json.dumps(line) + "\n")
-        if (time_to_evaluate or halt) and not is_last:
-            trainer.save(step, watch.seconds)
-        if halt:
-            if rank == 0:
-                print(f"stopped at step {step} and saved: go on with --resume --out-dir {out}")
-            return 130
-        watch.go_on(step)
-
-    # The last step always logs and evaluates, so `line` and `known` are of that step.
-    finish(trainer, watch, line, known)
-    return 0
+    facts = read_facts(s.data) if "window" in meta else None
+    with own_folder(s, rank, resume):
+        # A run that died before its first checkpoint starts again.
+        go_on = resume and (out / "ckpt.pt").exists()
+        trainer = Trainer(s, meta, device, rank, world, go_on)
+        hardware = describe_hardware(device)
+        if rank == 0:
+            print(describe_run(trainer, preset, hardware), flush=True)
+        if s.profile:
+            profile(trainer)
+            return 0
+        if rank == 0:
+            prepare_folder(s, preset, trainer.first_step, hardware)
+        return Run(trainer, meta, facts, hardware).loop()
 
 
-def finish(trainer, watch, line, known):
-    """Write result.json, curves.png and the last checkpoint, and print the report.
+class Run:
+    """The loop of a run: when it logs, evaluates, saves and stops.
 
-    line: of the last step, as in log.jsonl. known: what ask_facts said after it.
+    facts: the arrays of recall.npz, or None for a text. hardware: its name, for the MFU.
     """
-    s = trainer.s
-    out = Path(s.out_dir)
-    result = dict(
-        seed=s.seed, ffn=s.ffn, tokens=line["tokens"], seconds=watch.seconds,
-        tokens_per_s=s.batch_size * s.block_size * watch.timed_steps / watch.timed_seconds,
-        flops_per_token=trainer.model.flops_per_token(), params=trainer.model.param_counts(),
-        peak_memory_bytes=peak_memory(trainer.device), val_loss=line["val_loss"],
-        memory_usage=line["memory_usage"], memory_kl=line["memory_kl"], **known)
-    if trainer.rank == 0:
-        write_json(out / "result.json", result)
-        draw([out], out / "curves.png")
-    # Saved last: if the run dies before this, --resume repeats its end.
-    trainer.save(line["step"], watch.seconds)
-    if trainer.rank == 0:
-        print(report(result) + f"\nsaved in {out}: ckpt.pt, result.json, curves.png")
+
+    def __init__(self, trainer, meta, facts, hardware):
+        self.trainer = trainer
+        self.s = trainer.s
+        self.meta = meta
+        self.facts = facts
+        self.out = Path(self.s.out_dir)
+        self.log = Log(self.out)
+        self.val = Loader(self.s.data, "val", meta, self.s)
+        self.watch = Stopwatch(trainer.seconds, trainer.first_step)
+        self.is_first_rank = trainer.rank == 0
+        self.tokens_per_step = self.s.batch_size * self.s.block_size
+        self.flops = trainer.model.flops_per_token()
+        self.peak = peak_flops(hardware, trainer.world)
+
+    def loop(self):
+        """Train to the end -> 0, or until somebody asks to stop -> 130, with all saved."""
+        s = self.s
+        trainer = self.trainer
+        stop = StopRequest()
+        first = trainer.first_step + 1
+        next_look = first
+        line = trainer.line
+        for step in range(first, s.max_steps + 1):
+            is_last = step == s.max_steps
+            time_to_evaluate = step % s.eval_every == 0 and not is_last
+            time_to_log = is_last or time_to_evaluate or step % s.log_every == 0
+            # torch.compile makes two graphs, with and without counting reads. We count in the first
+            # step, so that both are there before timing begins.
+            trainer.count_reads(time_to_log or step == first)
+            loss, norms = trainer.step(step - 1)
+
+            # Looking at the loss makes the CPU wait for the device, so we look only when something
+            # depends on it. Ranks must look at the same step, since they decide together.
+            warmed_up = step == trainer.first_step + WARM_UP  # ends the lap that is not timed
+            may_stop = bool(stop) if trainer.world == 1 else step >= next_look
+            if not (time_to_log or warmed_up or may_stop):
+                continue
+            loss = sum_over_ranks(loss) / trainer.world
+            check_finite(loss, norms, step, s)
+            seconds_per_step = self.watch.lap(step, is_last)
+            wanted, pace = self.agree(bool(stop), seconds_per_step)
+            next_look = step + max(int(SECONDS_TO_LOOK / pace), 1)
+            halt = wanted and not is_last
+
+            if time_to_log:
+                line = self.describe_step(step, loss, norms, seconds_per_step)
+            if time_to_evaluate:
+                self.evaluate(line)
+            if time_to_log and not is_last and self.is_first_rank:
+                self.log.add(line)
+            if time_to_evaluate or halt:
+                self.save(step, must=halt)
+            if halt:
+                if self.is_first_rank:
+                    print(f"stopped at step {step} and saved: go on with --resume --out-dir "
+                          f"{self.out}")
+                return 130
+            self.watch.go_on(step)
+        self.finish(line)
+        return 0
+
+    def agree(self, wants_to_stop, seconds_per_step):
+        """-> whether any rank wants to stop, and the mean seconds per step; alike on all ranks."""
+        numbers = torch.tensor([float(wants_to_stop), seconds_per_step], device=self.trainer.device)
+        wanted, seconds = sum_over_ranks(numbers).tolist()
+        return wanted > 0, seconds / self.trainer.world
+
+    def describe_step(self, step, loss, norms, seconds_per_step):
+        """The numbers of a step, for log.jsonl. Prints them."""
+        share, kl = usage(self.trainer.model)
+        line = dict(step=step, tokens=step * self.tokens_per_step,
+                    seconds=round(self.watch.seconds, 3), loss=loss.item(), norm=norms[0].item(),
+                    lr=self.s.learning_rate * schedule(step - 1, self.s),
+                    memory_usage=share, memory_kl=kl)
+        if self.is_first_rank:
+            print(log_text(line, self.s, seconds_per_step, self.flops, self.peak), flush=True)
+        return line
+
+    def evaluate(self, line, count=2000):
+        """Add validation loss and recall to the line of a step. Prints them.
+
+        count: facts to ask, None for all. Returns what ask_facts found, {} for a text.
+        """
+        trainer = self.trainer
+        line["val_loss"] = evaluate(trainer.model, self.val, self.s.eval_windows, trainer.ctx,
+                                    trainer.rank, trainer.world)
+        known = {}
+        if self.facts:
+            # The share of the corpus that was read by now.
+            read = line["step"] * self.s.batch_size / trainer.loader.windows
+            known = ask_facts(trainer.model, self.facts, self.meta, read, trainer.rank,
+                              trainer.world, count)
+            line["recall"] = known["recall"]
+        if self.is_first_rank:
+            print(evaluation_text(line), flush=True)
+        return known
+
+    def save(self, step, must=False, line=None):
+        """Write the checkpoint -> whether that worked. must: raise ValueError if it did not."""
+        problem = self.trainer.save(step, self.watch.seconds, line)
+        if problem and must:
+            raise ValueError(problem)
+        if problem and self.is_first_rank:
+            warn(f"{problem}. The run goes on, and will try again later")
+        return not problem
+
+    def finish(self, line):
+        """Save, evaluate, write result.json and curves.png, print the report.
+
+        The weights come first: whatever fails after that, they are there, and --resume does it
+        again. line: the numbers of the last step.
+        """
+        s = self.s
+        is_saved = self.save(s.max_steps, line=line)
+        known = self.evaluate(line, count=None)
+        if self.is_first_rank:
+            self.log.add(line)
+        if not is_saved:
+            self.save(s.max_steps, must=True, line=line)
+        result = dict(
+            seed=s.seed, ffn=s.ffn, tokens=line["tokens"], seconds=self.watch.seconds,
+            tokens_per_s=self.tokens_per_step * self.watch.speed(), flops_per_token=self.flops,
+            params=self.trainer.model.param_counts(),
+            peak_memory_bytes=peak_memory(self.trainer.device), val_loss=line["val_loss"],
+            memory_usage=line["memory_usage"], memory_kl=line["memory_kl"], **known)
+        if not self.is_first_rank:
+            return
+        write_json(self.out / "result.json", result)
+        print(report(result), flush=True)
+        problem = try_to_draw([self.out], self.out / "curves.png")
+        if problem:
+            warn(f"{problem}; the run is finished and saved, and --compare {self.out} draws it")
+        files = "ckpt.pt, result.json" if problem else "ckpt.pt, result.json, curves.png"
+        print(f"saved in {self.out}: {files}")
+
+
+# How long ranks train, at most, until they look whether one of them was asked to stop. torchrun
+# gives them thirty seconds to leave.
+SECONDS_TO_LOOK = 2.0
+
+
+def read_facts(folder):
+    """The arrays of recall.npz, for ask_facts. Raises ValueError if it is missing or broken."""
+    path = Path(folder) / "recall.npz"
+    with reading(path, prepare_data.how_to_make(folder)):
+        with np.load(path) as arrays:
+            facts = dict(arrays)
+        F = len(facts["control"])
+        for name in ("seen", "seen_span", "unseen", "unseen_span", "exposures"):
+            if len(facts[name]) != F:
+                raise ValueError(f"{name} has {len(facts[name])} facts, not {F}")
+    return facts
 
 
 def make_missing_data(s, preset):
     """Make the corpus of a facts preset, unless it is there or --data names another."""
     default = PRESETS[preset].get("data", Settings.data)
-    if preset in FACTS and s.data == default and not (Path(s.data) / "meta.json").exists():
+    if preset not in FACTS or s.data != default:
+        return
+    if not (Path(s.data) / "meta.json").exists():
         prepare_data.make_facts(s.data, **FACTS[preset])
+    elif "window" not in prepare_data.read_meta(s.data):
+        raise ValueError(f"{s.data} is a text, not the facts corpus of the preset {preset}: move "
+                         f"it away, or name it with --data and choose another preset")
 
 
 def check_finite(loss, norms, step, s):
@@ -1373,11 +1706,6 @@ def check_finite(loss, norms, step, s):
                          f"{step}: lower --learning-rate {s.learning_rate} or --value-lr "
                          f"{s.value_lr}; the last good checkpoint, if one was saved, is in "
                          f"{s.out_dir}")
-
-
-def somebody_wants(stop, device):
-    """Whether any rank was asked to stop."""
-    return sum_over_ranks(torch.tensor(float(bool(stop)), device=device)).item() > 0
 
 
 # ---- what a run prints
@@ -1423,6 +1751,8 @@ def describe_run(trainer, preset, hardware):
     ]
     if trainer.first_step:
         lines[-1] += f" · resumed at step {trainer.first_step}"
+    elif s.init_from:
+        lines[-1] += f" · begins with the weights of {s.init_from}"
     return "\n".join(lines)
 
 
@@ -1454,28 +1784,41 @@ def main(argv=None):
     try:
         s, preset, resume, runs = read_settings(argv)
         if runs:
-            compare(runs)
+            compare(runs, s.out_dir)
             return 0
         return train(s, preset, resume)
-    except torch.OutOfMemoryError as e:
-        why = str(e).splitlines()[0]
-        message = (f"out of memory ({why}): "
-                   f"lower --micro-batch-size, --block-size or --mem-n-keys")
+    except KeyboardInterrupt:
+        warn("stopped before the first step")
+        return 130
     except (ValueError, OSError) as e:
         message = str(e)
-    except RuntimeError as e:
-        is_lost_rank = isinstance(e, dist.DistError) or "gloo" in str(e)
-        if not is_lost_rank:
+    except (RuntimeError, MemoryError) as e:
+        message = explain(e)
+        if not message:
             raise
-        why = str(e).splitlines()[0][:200]
-        message = (f"rank {os.environ['RANK']} lost the others: one has stopped, and may say why "
-                   f"({why}); start all again with --resume and the same --out-dir to go on from "
-                   f"the last checkpoint")
-    print("train.py: " + " ".join(message.split()), file=sys.stderr)
+    warn(message)
     return 1
 
 
+def explain(error):
+    """What to do about an exception of torch's; "" if it must be a fault of this program."""
+    why = first_line(error)
+    if is_out_of_memory(error):
+        return (f"out of memory ({why}): lower --micro-batch-size, --block-size or --mem-n-keys, "
+                f"or use --mem-dtype bfloat16 on a GPU")
+    if isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error):
+        return (f"rank {os.environ.get('RANK')} lost the others: one has stopped, and may say why "
+                f"({why}); start all again with --resume and the same --out-dir to go on from the "
+                f"last checkpoint, or from the beginning if there is none")
+    source = type(error).__module__.split(".")
+    if source[0] == "triton" or source[:2] in (["torch", "_dynamo"], ["torch", "_inductor"]):
+        return (f"torch.compile or Triton failed ({why}): --no-compile and --backend torch do "
+                f"without them")
+    return ""
+
+
 if __name__ == "__main__":
+    prepare_data.steady_output()
     code = main()
     if "RANK" in os.environ:
         # Under torchrun gloo's threads now and then abort a finished process while it is taken

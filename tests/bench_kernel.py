@@ -39,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import kernel
 from kernel import gather, gather_reference, topk_sums, topk_sums_brute_force, topk_sums_reference
+from prepare_data import any_characters
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -481,4 +482,5 @@ def main():
 
 
 if __name__ == "__main__":
+    any_characters()
     main()

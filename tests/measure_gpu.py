@@ -810,4 +810,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    prepare_data.steady_output()
     sys.exit(main())

@@ -107,7 +107,9 @@ def test_tokenizers_lose_nothing(name):
 
     # A saved tokenizer is the same tokenizer.
     Path("d").mkdir()
-    pd.write_meta(Path("d"), tok, {})
+    for split in ("train", "val"):
+        Path(f"d/{split}.bin").write_bytes(b"")
+    pd.write_meta(Path("d"), tok, {"train": 0, "val": 0})
     again = pd.load_tokenizer("d")
     assert again.encode(NASTY) == ids
     assert (again.eot, again.vocab_size, again.name) == (tok.eot, tok.vocab_size, name)
@@ -359,11 +361,15 @@ def test_a_document_in_pieces_has_the_tokens_of_the_whole(name, monkeypatch):
 
 
 def write_stories():
-    """s.txt and the packed z.txt.gz, with a byte order mark and blank documents."""
-    stories = [f"Story {i}.\r\n\nÉnd x" + "x" * (i % 7) for i in range(40)]
+    """s.txt and the packed z.txt.gz, with a byte order mark, line ends and blank documents.
+
+    Returns what should be read: every line end is \\n.
+    """
+    stories = [f"Story {i}.\n\nÉnd x" + "x" * (i % 7) for i in range(40)]
     text = "\ufeff \n" + "\n<|endoftext|>\n".join([*stories, "", " \n"])
-    Path("s.txt").write_bytes(text.encode())
-    Path("z.txt.gz").write_bytes(gzip.compress(text.encode()))
+    windows = text.replace("\n", "\r\n").encode()
+    Path("s.txt").write_bytes(windows)
+    Path("z.txt.gz").write_bytes(gzip.compress(windows))
     return stories
 
 
@@ -803,8 +809,8 @@ def test_killed():
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert [path.name for path in Path("f").iterdir()] == ["unfinished"]
-    with pytest.raises(ValueError, match="no finished meta.json"):
+    assert sorted(path.name for path in Path("f").iterdir()) == [".lock", "unfinished"]
+    with pytest.raises(ValueError, match="meta.json does not exist"):
         pd.load_tokenizer("f")
     main("facts --documents 50 --out f")
     assert not Path("f/unfinished").exists()
@@ -830,9 +836,15 @@ def test_interrupted(workers, monkeypatch):
     assert not any(Path("new").iterdir())
 
 
-def test_disk_full():
-    Path("o/unfinished").mkdir(parents=True)
-    Path("o/unfinished/train.bin").symlink_to("/dev/full")
+def test_disk_full(monkeypatch):
+    real = pd.unfinished
+
+    @contextlib.contextmanager
+    def on_a_full_disk(out):
+        with real(out) as folder:
+            (folder / "train.bin").symlink_to("/dev/full")
+            yield folder
+    monkeypatch.setattr(pd, "unfinished", on_a_full_disk)
     said = complaint("facts --documents 9000 --out o")
     assert "No space left" in said
     assert "--out" in said
@@ -864,7 +876,7 @@ BAD = {
     "nosuch": "no such",
     "empty.txt": "more text",
     "blank.txt": "more text",
-    "folder": "no such file",
+    "folder": "no .txt file",
     "latin.txt": "byte 1070003",
     "cut.txt.gz": "damaged",
     "text.txt --people 5": "not for text.txt",

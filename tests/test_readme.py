@@ -141,7 +141,7 @@ def test_there_are_commands():
 def test_train_commands_parse(command, argv):
     if "--help" in argv or argv == ["--compare"]:
         return
-    if "--resume" in argv:  # its settings are in a run folder
+    if "--resume" in argv or "--init-from" in argv:  # its settings are in a run folder
         train.make_parser().parse_args(argv)
         return
     settings, preset, _, runs = train.read_settings(argv)
@@ -181,6 +181,7 @@ def test_flags_exist(capsys):
     known |= {"--plot", "--seconds"}  # tests/bench_kernel.py
     known |= {"--collect"}  # runs/report.py
     known |= set(re.findall(r"--[a-z][\w-]+", measure_gpu.make_parser().format_help()))
+    known |= {"--signals-to-handle"}  # torchrun
     known |= {"--standalone", "--nnodes", "--nproc_per_node", "--rdzv-backend", "--rdzv-endpoint"}
     for page in PAGES:
         named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", page.read_text("utf-8")))

@@ -355,7 +355,7 @@ def test_a_wrong_value_is_refused_in_one_line(runs, refuse, flags, words):
 
 @pytest.mark.parametrize("name, flags, words", [
     ("dense", "--ablate-memory", "is dense, it has no memory layers"),
-    ("text", "--recall", "recall.npz .*facts"),
+    ("text", "--recall", "not trained on the facts corpus"),
 ])
 def test_what_a_run_lacks_is_said_in_one_line(runs, refuse, name, flags, words):
     assert re.search(words, refuse([str(runs / name), *flags.split()]))
@@ -370,21 +370,21 @@ TOO_MANY_TOKENS = b"".join(base64.b64encode(b"%d" % i) + b" 0\n" for i in range(
 
 
 @pytest.mark.parametrize("file, content, flags, words", [
-    (ARRAYS, None, ["--recall"], "cannot read .*recall.npz"),
-    (ARRAYS, b"PK?", ["--recall"], "cannot read .*recall.npz"),
+    (ARRAYS, None, ["--recall"], "recall.npz does not exist"),
+    (ARRAYS, b"PK?", ["--recall"], "recall.npz is broken"),
     (CHECKPOINT, None, [], "ckpt.pt does not exist"),
-    (CHECKPOINT, b"PK?", [], "not a whole checkpoint"),
-    (META, None, [], "meta.json or"),
-    (META, b"[1", [], "meta.json or"),
-    (META, b"1", [], "meta.json or"),
-    (META, b"{}", [], "meta.json or"),
-    (META, b'{"tokenizer": "words", "pattern": 2}', [], "meta.json or"),
-    (META, b'{"tokenizer": "words", "pattern": "("}', [], "meta.json or"),
-    (TOKENS, None, [], "tokenizer.tiktoken is not there or broken"),
-    (TOKENS, b"", [], "tokenizer.tiktoken is not there or broken"),
-    (TOKENS, b"!\n\n", [], "tokenizer.tiktoken is not there or broken"),
-    (TOKENS, b"YQ=\n", [], "tokenizer.tiktoken is not there or broken"),
-    (TOKENS, TOO_MANY_TOKENS, [], "1000 tokens > the model's"),
+    (CHECKPOINT, b"PK?", [], "ckpt.pt is broken"),
+    (META, None, [], "meta.json does not exist"),
+    (META, b"[1", [], "meta.json is broken"),
+    (META, b"1", [], "meta.json is broken"),
+    (META, b"{}", [], "meta.json is broken"),
+    (META, b'{"tokenizer": "words", "pattern": 2}', [], "meta.json is broken"),
+    (META, b'{"tokenizer": "words", "pattern": "("}', [], "meta.json is broken"),
+    (TOKENS, None, [], "tokenizer.tiktoken does not exist"),
+    (TOKENS, b"", [], "tokenizer.tiktoken is broken"),
+    (TOKENS, b"!\n\n", [], "tokenizer.tiktoken is broken"),
+    (TOKENS, b"YQ=\n", [], "tokenizer.tiktoken is broken"),
+    (TOKENS, TOO_MANY_TOKENS, [], "tokenizer.tiktoken is broken"),
 ])
 def test_a_broken_file_is_refused_in_one_line(runs, tmp_path, refuse, file, content, flags, words):
     """content None: the file is missing."""
@@ -411,7 +411,8 @@ def test_damaged_arrays_are_refused_in_one_line(runs, tmp_path, refuse):
     ]
     for place, damage in damages:
         path.write_bytes(whole[:place] + damage + whole[place + len(damage):])
-        assert re.search(r"cannot read .*recall.npz \(\w+\)", refuse([str(folder), "--recall"]))
+        said = refuse([str(folder), "--recall"])
+        assert re.search(r"recall.npz is broken, or another program's \(\w+", said)
 
 
 @pytest.mark.parametrize("flags", [

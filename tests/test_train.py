@@ -926,7 +926,8 @@ def test_a_run_is_not_overwritten(whole, data, capfd):
     before = (whole / "ckpt.pt").read_bytes()
     again = flags(data, whole)
     check_one_line(capfd, call(*again), "--resume", "--out-dir")
-    check_one_line(capfd, call(*again, "--dropout", "0.1", "--resume"), "finished")
+    assert call(*again, "--dropout", "0.1", "--resume") == 0
+    assert "has finished its 40 steps" in capfd.readouterr().out
     check_one_line(capfd, call(*again, "--resume", "--seed", "4"), "--seed 4", "1337")
     assert (whole / "ckpt.pt").read_bytes() == before
 
@@ -944,9 +945,10 @@ def test_foreign_checkpoint(content, whole, data, tmp_path, capfd):
     check_one_line(capfd, code, "ckpt.pt", "checkpoint")
 
 
-def test_nothing_to_resume_or_compare(tmp_path, capfd):
-    code = call("--resume", "--out-dir", tmp_path / "x")
-    check_one_line(capfd, code, "config.json", "--out-dir")
+def test_nothing_to_resume_or_compare(whole, tmp_path, capfd):
+    shutil.copy(whole / "ckpt.pt", tmp_path)
+    code = call("--resume", "--out-dir", tmp_path)
+    check_one_line(capfd, code, "config.json does not exist")
     code = call("--compare", tmp_path / "x")
     check_one_line(capfd, code, "result.json")
 
@@ -970,7 +972,13 @@ def test_full_disk_keeps_the_last_checkpoint(stopped, data, tmp_path, capfd):
 
     capfd.readouterr()
     code = exit_code(in_child(resume_without_space))
-    check_one_line(capfd, code, "cannot write", "free some space", "ckpt.pt")
+    # It says so at each evaluation, goes on, and says so again when it must leave.
+    assert code == 1
+    *warnings, last = capfd.readouterr().err.splitlines()
+    assert len(warnings) == 4 - step // 10
+    for line in (*warnings, last):
+        assert line.startswith("train.py: cannot write")
+        assert "ckpt.pt" in line and "File too large" in line and "free some space" in line
     assert last_step(out) == step
     assert not list(out.glob("*.part"))
 

@@ -32,7 +32,7 @@ def trainer(argv):
     """The flags of a run -> (its train.Trainer, a function that takes its next step)."""
     s, _, _, _ = train.read_settings(argv)
     meta = train.fit_to_data(s, world=1)
-    device = train.choose_device(s, world=1)
+    device = train.choose_device(s)
     run = train.Trainer(s, meta, device)
     numbers = itertools.count()
     return run, lambda: run.step(next(numbers))
@@ -75,6 +75,7 @@ def main(argv, seconds=60, warm_up=8):
 
 
 if __name__ == "__main__":
+    train.prepare_data.steady_output()
     try:
         main(sys.argv[1:])
     except ValueError as e:

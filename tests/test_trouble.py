@@ -1,0 +1,752 @@
+"""What happens to real people, and what the scripts do about it.
+
+First a table: a command line that cannot work, and words of the one line that says why. Then every
+number at its edges. Then trouble that comes from outside: signals, readers that leave, full disks,
+two runs at once, machines that lack something.
+"""
+import contextlib
+import dataclasses
+import errno
+import inspect
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_train import TINY, check_same_run, exit_code, in_child, last_step, logged, run_slowly
+
+import kernel
+import prepare_data
+import sample
+import train
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = {"train.py": train.main, "prepare_data.py": prepare_data.main, "sample.py": sample.main}
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    """A finished run. Tests copy it before they change it."""
+    out = tmp_path_factory.mktemp("out") / "run"
+    assert train.main([*TINY, "--data", str(data), "--out-dir", str(out)]) == 0
+    return out
+
+
+@pytest.fixture
+def here(data, run, tmp_path, monkeypatch):
+    """A working folder with the corpus in data/facts, the finished run in out/run, and a text."""
+    shutil.copytree(data, tmp_path / "data" / "facts")
+    shutil.copytree(run, tmp_path / "out" / "run")
+    (tmp_path / "my.txt").write_text("one two three\n" * 400)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def call(command):
+    """A command line as one types it -> its exit status."""
+    script, *argv = command.split()
+    try:
+        return SCRIPTS[script](argv)
+    except SystemExit as stop:  # argparse's
+        return stop.code
+
+
+def refusal(command, capfd):
+    """The one line with which a command line is refused."""
+    capfd.readouterr()
+    code = call(command)
+    error = capfd.readouterr().err
+    assert code not in (0, None), command
+    assert error.startswith(command.split()[0] + ": ") and error.count("\n") == 1, (command, error)
+    assert len(error) < 700, error
+    return error
+
+
+# --------------------------------------------------------------------------------------------------
+# A command line that cannot work
+
+TINY_TRAIN = "train.py " + " ".join(TINY) + " --data data/facts"
+
+
+def write(path, content):
+    """A step before the command: write a file."""
+    def step():
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, bytes):
+            Path(path).write_bytes(content)
+        else:
+            Path(path).write_text(content)
+    return step
+
+
+def cut(path):
+    """A step before the command: a file loses its second half, as on a full disk."""
+    def step():
+        whole = Path(path).read_bytes()
+        Path(path).write_bytes(whole[:len(whole) // 2])
+    return step
+
+
+def drop_last_line(path):
+    def step():
+        lines = Path(path).read_bytes().splitlines(keepends=True)
+        Path(path).write_bytes(b"".join(lines[:-1]))
+    return step
+
+
+def setting(**changes):
+    """A step before the command: config.json has other settings."""
+    def step():
+        path = Path("out/run/config.json")
+        config = json.loads(path.read_text())
+        config["settings"].update(changes)
+        path.write_text(json.dumps(config))
+    return step
+
+
+def other_tokens():
+    prepare_data.make_text("my.txt", out="data/words", tokenizer="words", val_fraction=0.5)
+
+
+def no_step():
+    """Nothing happens before the command."""
+
+
+RESUME = "train.py --resume --out-dir out/run"
+INIT = TINY_TRAIN + " --out-dir out/new --init-from out/run"
+HUGGING_FACE = '{"architectures": ["GPT2LMHeadModel"], "n_embd": 768}'
+# What happened before, the command, words of the answer.
+TABLE = [
+    # Foreign and broken files
+    (write("out/run/config.json", HUGGING_FACE), RESUME, "config.json is broken, or another prog"),
+    (write("out/run/config.json", "[]"), RESUME, "config.json is broken"),
+    (write("out/run/config.json", '{"settings": null}'), RESUME, "config.json is broken"),
+    (setting(n_embd="wide"), RESUME, "the setting n_embd is 'wide'"),
+    (setting(mem_layers=None), RESUME, "config.json is broken"),
+    (setting(mem_colour="red"), RESUME, "unknown setting mem_colour"),
+    (lambda: Path("out/run/config.json").unlink(), RESUME, "config.json does not exist"),
+    (write("data/facts/meta.json", "{}"), TINY_TRAIN, "meta.json is broken"),
+    (write("data/facts/meta.json", ""), TINY_TRAIN, "meta.json is broken"),
+    (write("data/facts/meta.json", '{"a'), TINY_TRAIN, "--force"),
+    (cut("data/facts/recall.npz"), TINY_TRAIN, "recall.npz is broken"),
+    (write("data/facts/recall.npz", ""), TINY_TRAIN, "recall.npz is broken"),
+    (lambda: np.savez("data/facts/recall.npz", control=[True]), TINY_TRAIN, "recall.npz is broken"),
+    (lambda: Path("data/facts/recall.npz").unlink(), TINY_TRAIN, "recall.npz does not exist"),
+    (cut("data/facts/train.bin"), TINY_TRAIN, "train.bin is broken"),
+    (write("data/facts/val.bin", b""), TINY_TRAIN + " --out-dir out/new", "val.bin is broken"),
+    (drop_last_line("out/run/tokenizer.tiktoken"), "sample.py out/run", "tokenizer.tiktoken is br"),
+    (cut("out/run/ckpt.pt"), "sample.py out/run", "ckpt.pt is broken"),
+    (write("out/run/ckpt.pt", "<html>"), "sample.py out/run", "ckpt.pt is broken"),
+    (write("out/run/result.json", "{}"), "train.py --compare out/run", "log.jsonl is broken"),
+    (cut("out/run/log.jsonl"), "train.py --compare out/run", "log.jsonl is broken"),
+    (no_step, "train.py --compare data/facts", "result.json does not exist"),
+    (no_step, "sample.py data/facts", "ckpt.pt does not exist"),
+    (write("data/t/meta.json", "{}"), "prepare_data.py my.txt --out data/t", "meta.json is broken"),
+    # Starting from another run's weights
+    (no_step, INIT + " --n-embd 64", "--n-embd 64 is not the 32 of --init-from out/run"),
+    (no_step, INIT.replace("out/run", "out/nosuch"), "out/nosuch/config.json does not exist"),
+    (other_tokens, INIT.replace("data/facts", "data/words"), "--init-from out/run: it was trained"),
+    (no_step, TINY_TRAIN + " --init-from out/run --out-dir out/run", "holds a run already"),
+    # A run that is there
+    (no_step, RESUME + " --max-steps 999", "--init-from out/run --out-dir out/NAME"),
+    # Texts
+    (no_step, "prepare_data.py facts.txt", "facts.txt: its folder would be data/facts"),
+    (no_step, "prepare_data.py nosuch.txt", "no such file"),
+    (write("empty/a.md", "x"), "prepare_data.py empty", "there is no .txt file in this folder"),
+    (write("my.txt", b"\xff\xfe1\x002\x00"), "prepare_data.py my.txt --tokenizer bytes", "UTF-8"),
+    (write("my.txt", "  \n"), "prepare_data.py my.txt --tokenizer bytes", "more text is needed"),
+    # The preset's folder holds something else
+    (lambda: prepare_data.make_text("my.txt", out="data/facts", tokenizer="bytes", force=True),
+     "train.py --max-steps 1", "data/facts is a text, not the facts corpus"),
+]
+
+
+@pytest.mark.parametrize("before, command, words", TABLE)
+def test_one_line(before, command, words, here, capfd):
+    (here / "facts.txt").write_text("text")
+    before()
+    assert words in refusal(command, capfd)
+
+
+def test_a_text_that_is_too_short_to_validate_on(here, capfd):
+    """prepare_data.py says so, and then train.py, both with the way out."""
+    assert call("prepare_data.py my.txt --tokenizer bytes") == 0
+    assert "larger --val-fraction" in capfd.readouterr().out
+    error = refusal("train.py tinystories --data data/my --device cpu", capfd)
+    assert "val.bin has" in error and "--val-fraction" in error
+    # The way out, to the letter.
+    assert call("prepare_data.py my.txt --tokenizer bytes --val-fraction 0.2 --force") == 0
+    assert "larger --val-fraction" not in capfd.readouterr().out
+
+
+# --------------------------------------------------------------------------------------------------
+# Numbers at their edges
+
+EDGES = ("0", "-1", "nan", "inf", "1e30", str(2**64))
+
+
+def is_one_line_or_works(command, capfd):
+    capfd.readouterr()
+    code = call(command)
+    error = capfd.readouterr().err
+    assert "Traceback" not in error
+    lines = error.count("\n")
+    if code == 0:
+        assert lines == 0 or command.startswith("sample.py"), (command, error)
+    else:
+        assert lines == 1, (command, error)
+    return code == 0
+
+
+def numeric_flags(script):
+    """The flags of a script that take a number."""
+    if script == "train.py":
+        names = [f.name for f in dataclasses.fields(train.Settings) if f.type in (int, float)]
+    elif script == "sample.py":
+        names = sample.NUMBERS
+    else:
+        names = [name for make in (prepare_data.make_facts, prepare_data.make_text)
+                 for name, parameter in inspect.signature(make).parameters.items()
+                 if type(parameter.default) in (int, float)]
+    return [train.flag(name) for name in names]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_number_at_its_edges(script, here, capfd):
+    works = {"0": set(), "-1": set()}
+    commands = {
+        "train.py": TINY_TRAIN + " --max-steps 1 --eval-windows 1 --out-dir out/{i} {flag} {edge}",
+        "prepare_data.py": "prepare_data.py {source} --out data/{i} {flag} {edge}",
+        "sample.py": "sample.py out/run --recall {flag} {edge}",
+    }
+    flags = numeric_flags(script)
+    assert len(flags) > 5
+    for flag in flags:
+        for i, edge in enumerate(EDGES):
+            is_for_texts = flag in ("--vocab-size", "--val-fraction", "--workers")
+            source = "facts --people 40 --control 5 --documents 64 --val-documents 9"
+            if is_for_texts:
+                source = "my.txt --tokenizer bytes"
+            command = commands[script].format(i=f"{flag[2:]}{i}", flag=flag, edge=edge,
+                                              source=source)
+            if is_one_line_or_works(command, capfd):
+                works.setdefault(edge, set()).add(flag)
+    assert works.get("nan", set()) == set()
+    if script == "train.py":
+        # 0 means "off", "all" or "as the data has it".
+        assert {"--grad-clip", "--warmup-steps", "--micro-batch-size", "--weight-decay",
+                "--dropout", "--seed", "--mem-parallel"} <= works["0"]
+        assert not works["-1"]
+        # The first step of any learning rate is taken; the loss is nan after it.
+        assert works[str(2**64)] == {"--grad-clip", "--learning-rate", "--value-lr"}
+
+
+def test_grad_clip_0_is_off(here):
+    """With a clip of 0, steps are those of a clip that is never reached."""
+    for name, clip in (("off", "0"), ("high", "1e9")):
+        assert call(f"{TINY_TRAIN} --max-steps 3 --grad-clip {clip} --out-dir out/{name}") == 0
+    off, _ = train.load_checkpoint("out/off")
+    high, _ = train.load_checkpoint("out/high")
+    for a, b in zip(off.parameters(), high.parameters()):
+        assert torch.equal(a, b)
+
+
+# --------------------------------------------------------------------------------------------------
+# Input that can only be read
+
+def make_read_only(folder):
+    for path in folder.rglob("*"):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    folder.chmod(0o555)
+
+
+def make_writable(folder):
+    folder.chmod(0o755)
+    for path in folder.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+def test_nothing_is_renamed_locked_or_written_beside_the_input(here, monkeypatch):
+    """root may write everywhere, so we watch the calls instead of the permissions."""
+    source = here / "source"
+    source.mkdir()
+    shutil.copy("my.txt", source)
+    shutil.copytree("data/facts", source / "facts")
+    make_read_only(source)
+    before = {path: path.stat().st_mtime_ns for path in (source, *source.rglob("*"))}
+
+    def is_input(*paths):
+        return any(str(source) in str(Path(path).absolute()) for path in paths)
+    for name in ("rename", "replace", "unlink", "mkdir", "chmod"):
+        real = getattr(os, name)
+
+        def guarded(*args, real=real, **more):
+            assert not is_input(*(a for a in args if isinstance(a, (str, Path)))), args
+            return real(*args, **more)
+        monkeypatch.setattr(os, name, guarded)
+    assert call("prepare_data.py source/my.txt --tokenizer bytes --val-fraction 0.5 "
+                "--out data/x") == 0
+    tiny = TINY_TRAIN.replace("data/facts", "source/facts")
+    assert call(f"{tiny} --max-steps 2 --out-dir out/new") == 0
+    # Copies are not read-only: the run can be resumed, and made again.
+    for path in Path("out/new").iterdir():
+        assert path.stat().st_mode & 0o200, path
+    after = {path: path.stat().st_mtime_ns for path in (source, *source.rglob("*"))}
+    assert after == before
+    monkeypatch.undo()
+    make_writable(source)
+
+
+# --------------------------------------------------------------------------------------------------
+# The end of a run
+
+def test_a_picture_that_fails_costs_nothing_else(here, monkeypatch, capfd):
+    def broken(folders, path):
+        raise ImportError("no matplotlib")
+    monkeypatch.setattr(train, "draw", broken)
+    assert call(TINY_TRAIN + " --max-steps 2 --out-dir out/new") == 0
+    output = capfd.readouterr()
+    assert output.err == (
+        "train.py: no picture out/new/curves.png (ImportError: no matplotlib); the run is finished "
+        "and saved, and --compare out/new draws it\n")
+    assert "saved in out/new: ckpt.pt, result.json\n" in output.out
+    assert last_step(Path("out/new")) == 2
+    assert "no picture" in refusal("train.py --compare out/new", capfd)
+
+
+@pytest.mark.parametrize("fails", ["evaluate", "ask_facts", "write_json"])
+def test_the_weights_come_first(fails, here, monkeypatch, capfd):
+    """Whatever breaks at the end, the weights are saved, and --resume makes up for the rest."""
+    command = TINY_TRAIN + " --out-dir out/new --eval-every 1000"
+    with monkeypatch.context() as patch:
+        real = getattr(train, fails)
+
+        def broken(*args):
+            if fails == "write_json" and "config" in str(args[0]):
+                return real(*args)
+            raise ValueError("the end")
+        patch.setattr(train, fails, broken)
+        assert "the end" in refusal(command, capfd)
+    assert last_step(Path("out/new")) == 40
+    assert call(command + " --resume") == 0
+    result = json.loads(Path("out/new/result.json").read_text())
+    right = json.loads(Path("out/run/result.json").read_text())
+    for name in ("val_loss", "recall", "bits_stored", "tokens"):
+        assert result[name] == right[name]
+    check_weights("out/new", "out/run")
+
+
+def check_weights(one, other):
+    a, _ = train.load_checkpoint(one)
+    b, _ = train.load_checkpoint(other)
+    for p, q in zip(a.parameters(), b.parameters()):
+        assert torch.equal(p, q)
+
+
+# --------------------------------------------------------------------------------------------------
+# The outside world goes away
+
+def wait_for_log(out, pid):
+    deadline = time.monotonic() + 60
+    while not (out / "log.jsonl").exists() or not (out / "log.jsonl").stat().st_size:
+        assert time.monotonic() < deadline, "the run has not begun"
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGTERM", "SIGINT"])
+def test_a_signal_saves(name, here):
+    out = here / "out" / "new"
+    pid = in_child(run_slowly, [*TINY, "--data", "data/facts", "--out-dir", str(out),
+                                "--eval-every", "1000", "--log-every", "1"])
+    wait_for_log(out, pid)
+    os.kill(pid, getattr(signal, name))
+    assert exit_code(pid) == 130
+    assert 0 < last_step(out) < 40
+    assert call(f"train.py --resume --out-dir {out}") == 0
+    check_weights(out, "out/run")
+
+
+def test_nohup_is_respected(here):
+    out = here / "out" / "new"
+
+    def ignoring(args):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        return run_slowly(args)
+    pid = in_child(ignoring, [*TINY, "--data", "data/facts", "--out-dir", str(out)])
+    wait_for_log(out, pid)
+    os.kill(pid, signal.SIGHUP)
+    assert exit_code(pid) == 0
+    assert last_step(out) == 40
+
+
+@pytest.mark.parametrize("stdout", ["closed pipe", "/dev/full"])
+def test_a_run_goes_on_without_its_reader(stdout, here):
+    def run_to(args):
+        if stdout == "closed pipe":
+            reader, writer = os.pipe()
+            os.close(reader)
+        else:
+            writer = os.open("/dev/full", os.O_WRONLY)
+        os.dup2(writer, 1)
+        sys.stdout = open(1, "w", closefd=False)
+        prepare_data.steady_output()
+        code = train.main(args)
+        sys.stdout.flush()
+        return code
+    pid = in_child(run_to, [*TINY, "--data", "data/facts", "--out-dir", "out/new"])
+    assert exit_code(pid) == 0
+    check_same_run(Path("out/new"), Path("out/run"))
+
+
+def test_a_full_disk_under_the_log(here, monkeypatch, capfd):
+    """Lines that cannot be written wait, and none is lost or written twice."""
+    real = open
+    lines = 0
+
+    def full(path, mode="r", *args, **more):
+        nonlocal lines
+        if str(path).endswith("log.jsonl") and mode == "a":
+            lines += 1
+            if 2 <= lines <= 4:
+                with real(path, "a") as file:
+                    file.write('{"half a li')  # what fitted
+                raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, mode, *args, **more)
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", full)
+        assert call(TINY_TRAIN + " --out-dir out/new") == 0
+    assert lines > 5
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1
+    assert "log.jsonl" in error and "No space left" in error and "the run goes on" in error
+    assert logged(Path("out/new")) == logged(Path("out/run"))
+
+
+def test_a_checkpoint_that_cannot_be_written_does_not_end_a_run(here, monkeypatch, capfd):
+    real = train.write_whole
+    tries = 0
+
+    def full(path, write):
+        nonlocal tries
+        if Path(path).name == "ckpt.pt":
+            tries += 1
+            if tries <= 2:
+                raise ValueError("cannot write ckpt.pt")
+        real(path, write)
+    monkeypatch.setattr(train, "write_whole", full)
+    assert call(TINY_TRAIN + " --out-dir out/new") == 0
+    assert capfd.readouterr().err.count("The run goes on, and will try again later") == 2
+    check_weights("out/new", "out/run")
+
+
+# --------------------------------------------------------------------------------------------------
+# Encodings
+
+@pytest.mark.slow
+def test_a_terminal_that_lacks_characters(here):
+    """Every script, in an encoding that lacks the · and more."""
+    commands = [
+        ["train.py", *TINY, "--data", "data/facts", "--out-dir", "out/new", "--max-steps", "2"],
+        ["train.py", "--help"],
+        ["sample.py", "--help"],
+        ["prepare_data.py", "--help"],
+        ["runs/report.py", "--help"],
+        ["tests/measure_gpu.py", "--report", str(here / "nosuch.json")],
+    ]
+    for command in commands:
+        done = subprocess.run([sys.executable, ROOT / command[0], *command[1:]],
+                              capture_output=True, env=os.environ | {"PYTHONIOENCODING": "cp932"})
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == b""
+
+
+# --------------------------------------------------------------------------------------------------
+# Two at once
+
+def test_two_processes_make_the_same_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.txt").write_text("one two\n\nthree\n\n" * 20000)
+    for argv in (["facts", "--people", "300", "--documents", "300000", "--out", "d"],
+                 ["my.txt", "--tokenizer", "bytes", "--separator", r"\n\n", "--out", "e"]):
+        children = [in_child(prepare_data.main, argv) for _ in range(3)]
+        assert [exit_code(pid) for pid in children] == [0, 0, 0]
+        files = {path.name for path in Path(argv[-1]).iterdir()}
+        assert files <= {"meta.json", "recall.npz", "tokenizer.tiktoken", "train.bin", "val.bin"}
+        meta = prepare_data.read_meta(argv[-1])
+        for name, checksum in meta["sha256"].items():
+            assert prepare_data.sha256(Path(argv[-1]) / name) == checksum
+
+
+def test_the_same_run_folder_twice(here, capfd):
+    """Refused before the first checkpoint, too. --resume waits until the other one has ended."""
+    out = here / "out" / "new"
+    args = [*TINY, "--data", "data/facts", "--out-dir", str(out), "--eval-every", "1000"]
+    pid = in_child(run_slowly, args)
+    wait_for_log(out, pid)
+    assert "another run is writing to" in refusal("train.py " + " ".join(args), capfd)
+    assert call("train.py --resume " + " ".join(args)) == 0
+    assert exit_code(pid) == 0
+    assert "waiting: another run is writing" in capfd.readouterr().out
+    assert not (out / ".lock").exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# The wrong diagnosis
+
+@pytest.mark.parametrize("error, words", [
+    (PermissionError(errno.EACCES, "Permission denied"), "cannot be read (PermissionError: Permi"),
+    (OSError(errno.EIO, "Input/output error"), "cannot be read (OSError: Input/output error)"),
+    (MemoryError(), "too little memory"),
+    (RuntimeError("[enforce fail] can't allocate memory: 9 bytes"), "too little memory"),
+    (RuntimeError("PytorchStreamReader failed"), "is broken, or another program's"),
+])
+def test_a_checkpoint_that_cannot_be_read(error, words, here, monkeypatch, capfd):
+    def fails(path):
+        raise error
+    monkeypatch.setattr(train, "read_checkpoint", fails)
+    (here / "out/run/result.json").unlink()
+    for command in (RESUME, "sample.py out/run"):
+        assert words in refusal(command, capfd)
+
+
+@pytest.mark.parametrize("environment, words", [
+    (dict(WORLD_SIZE="2"), "there is no RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+    (dict(WORLD_SIZE="two"), "is not a number"),
+    (dict(RANK="3"), "RANK 3 is not in 0..0"),
+    (dict(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0", MASTER_ADDR="nosuch.invalid",
+          MASTER_PORT="x"), "cannot reach the others"),
+])
+def test_an_environment_that_is_not_torchruns(environment, words, here, monkeypatch, capfd):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert words in refusal(TINY_TRAIN + " --out-dir out/new", capfd)
+
+
+@pytest.mark.parametrize("error, words", [
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"), "out of memory"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried 9 GiB"), "out of memory"),
+    (MemoryError(), "out of memory"),
+    (RuntimeError("[gloo/transport] Connection closed by peer"), "--resume and the same --out-dir"),
+])
+def test_errors_of_torch(error, words, here, monkeypatch, capfd):
+    def fails(trainer, step):
+        raise error
+    monkeypatch.setattr(train.Trainer, "step", fails)
+    assert words in refusal(TINY_TRAIN + " --out-dir out/new", capfd)
+
+
+def test_a_fault_of_this_program_keeps_its_traceback(here, monkeypatch):
+    def fails(trainer, step):
+        raise RuntimeError("shapes do not fit")
+    monkeypatch.setattr(train.Trainer, "step", fails)
+    with pytest.raises(RuntimeError, match="shapes"):
+        call(TINY_TRAIN + " --out-dir out/new")
+
+
+def test_a_model_that_is_too_large_is_refused_before_it_is_built(here, capfd):
+    error = refusal(TINY_TRAIN + " --mem-n-keys 46000 --mem-value-dim 4096 --out-dir out/x", capfd)
+    assert "GB to train" in error and "--mem-n-keys" in error
+
+
+# --------------------------------------------------------------------------------------------------
+# Texts as they are
+
+def test_line_ends_of_windows(here):
+    Path("unix.txt").write_bytes(b"one\n\ntwo\n\nthree")
+    Path("windows.txt").write_bytes(b"one\r\n\r\ntwo\r\n\r\nthree")
+    for name in ("unix", "windows"):
+        for i, separator in enumerate((r"\n\n", r"\r\n\r\n", "\n\n")):
+            out = f"data/{name}{i}"
+            assert prepare_data.main([f"{name}.txt", "--tokenizer", "bytes", "--out", out,
+                                      "--separator", separator]) == 0
+            assert prepare_data.read_meta(out)["documents"] == {"train": 2, "val": 1}
+            assert Path(out, "train.bin").read_bytes() == Path("data/unix0/train.bin").read_bytes()
+
+
+def test_a_line_end_may_span_two_reads(here, monkeypatch):
+    monkeypatch.setattr(prepare_data, "BATCH", 3)
+    Path("t.txt").write_bytes(b"ab\r\n\rc\r\n")
+    assert "".join(prepare_data.characters(Path("t.txt"))) == "ab\n\nc\n"
+
+
+def test_a_separator_that_is_nowhere_is_named(here, capfd):
+    assert prepare_data.main(["my.txt", "--tokenizer", "bytes", "--separator", "@@"]) == 0
+    assert "one document, as '@@' does not stand between any two" in capfd.readouterr().out
+
+
+def test_a_text_that_changed_and_kept_its_length(here, capfd):
+    command = "prepare_data.py my.txt --tokenizer bytes --val-fraction 0.5"
+    assert call(command) == 0
+    assert call(command) == 0
+    assert "is finished" in capfd.readouterr().out
+    Path("my.txt").write_text(Path("my.txt").read_text().replace("one", "two"))
+    assert "--force" in refusal(command, capfd)
+
+
+def test_a_folder_of_texts(here):
+    for name, text in (("b.txt", "second"), ("a.txt", "first"), ("sub/c.txt", "third")):
+        write(f"texts/{name}", text)()
+    assert call("prepare_data.py texts --tokenizer bytes --val-fraction 0.5") == 0
+    tokens = np.fromfile("data/texts/train.bin", "<u2")
+    assert prepare_data.read_meta("data/texts")["documents"] == {"train": 1, "val": 2}
+    assert bytes(tokens[:-1].astype(np.uint8)) == b"second"
+
+
+def test_where_a_text_goes(here):
+    assert prepare_data.default_folder("a/.txt") == "data/txt"
+    assert prepare_data.default_folder("my.tar.gz") == "data/my"
+    assert prepare_data.default_folder("tinystories") == "data/tinystories"
+    for name in ("openwebtext.txt", "a/facts.txt.gz", "/"):
+        with pytest.raises(ValueError, match="--out data/NAME"):
+            prepare_data.default_folder(name)
+
+
+# --------------------------------------------------------------------------------------------------
+# Same words, same result
+
+def test_both_scripts_make_the_same_default_corpus(here, monkeypatch):
+    made = []
+    monkeypatch.setattr(prepare_data, "check_facts", made.append)
+    monkeypatch.setattr(prepare_data, "is_finished", lambda *_: True)
+    assert call("prepare_data.py") == 0
+    shutil.rmtree("data")
+    s, preset, *_ = train.read_settings([])
+    train.make_missing_data(s, preset)
+    assert len(made) == 2
+    assert made[0] == made[1]
+
+
+# --------------------------------------------------------------------------------------------------
+# Machines
+
+@contextlib.contextmanager
+def cuda(monkeypatch, gpus=1, bfloat16=True):
+    """Torch says that there are GPUs."""
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "device_count", lambda: gpus)
+        patch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bfloat16)
+        patch.setattr(torch.cuda, "get_device_name", lambda *_: "Some GPU")
+        patch.setattr(torch.cuda, "set_device", lambda device: None)
+        yield patch
+
+
+def settings(*argv):
+    return train.read_settings(list(argv))[0]
+
+
+def test_more_ranks_than_gpus(monkeypatch):
+    with cuda(monkeypatch, gpus=2):
+        assert train.choose_device(settings(), local_rank=1, world=3) == "cuda:1"
+        with pytest.raises(ValueError, match="rank 2 of this machine has no GPU.*per_node=2"):
+            train.choose_device(settings(), local_rank=2, world=3)
+
+
+def test_a_gpu_without_bfloat16(monkeypatch):
+    with cuda(monkeypatch, bfloat16=False):
+        with pytest.raises(ValueError, match="--mem-dtype float32"):
+            train.choose_device(settings("facts-gpu"))
+        assert train.choose_device(settings("facts-gpu", "--ffn", "dense")) == "cuda"
+        assert train.choose_device(settings("facts-gpu", "--mem-dtype", "float32")) == "cuda"
+
+
+def test_several_ranks_on_a_mac(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert train.choose_device(settings()) == "mps"
+    assert train.choose_device(settings(), 0, 2) == "cpu"
+    with pytest.raises(ValueError, match="--device mps serves one rank only"):
+        train.choose_device(settings("--device", "mps"), 0, 2)
+
+
+def test_without_a_triton_that_works_nothing_is_compiled(monkeypatch):
+    monkeypatch.setattr(kernel, "triton_problem", lambda: "")
+    assert train.will_compile(None, "cuda:0")
+    assert not train.will_compile(None, "cpu")
+    monkeypatch.setattr(kernel, "triton_problem", lambda: "no C compiler")
+    assert not train.will_compile(None, "cuda:0")
+    assert train.will_compile(True, "cuda:0")
+    assert not kernel.uses_triton("cuda")
+    assert kernel.describe_backend("cuda") == "memory: torch (no C compiler)"
+
+
+def test_triton_is_tried_before_it_is_used(monkeypatch):
+    def fails(*args):
+        raise subprocess.CalledProcessError(1, ["/bin/false"])
+    monkeypatch.setattr(kernel, "INTERPRETED", False)
+    monkeypatch.setattr(kernel, "gather_triton", fails)
+    monkeypatch.setattr(torch, "ones", lambda *_, device: None)
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
+    kernel.triton_problem.cache_clear()
+    assert "as it does without a C compiler (CalledProcessError" in kernel.triton_problem()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match="backend 'triton' cannot run here: Triton fails"):
+        kernel.backend("triton")
+    kernel.triton_problem.cache_clear()
+
+
+@pytest.mark.parametrize("content, cpus", [
+    ("200000 100000\n", 2), ("150000 100000\n", 2), ("10000 100000", 1), ("max 100000", None),
+    ("", None), (None, None)])
+def test_the_limit_of_a_container(content, cpus, tmp_path, monkeypatch):
+    path = tmp_path / "cpu.max"
+    if content is not None:
+        path.write_text(content)
+    monkeypatch.setattr(prepare_data, "CPU_LIMIT", path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64), raising=False)
+    assert prepare_data.cpus() == (cpus or 64)
+
+
+# --------------------------------------------------------------------------------------------------
+# Going on
+
+def test_a_new_run_from_the_weights_of_another(here, capfd):
+    command = INIT + " --learning-rate 1e-9 --value-lr 1e-9 --seed 5 --dropout 0.1"
+    assert call(command + " --max-steps 2") == 0
+    old, _ = train.load_checkpoint("out/run")
+    new, state = train.load_checkpoint("out/new")
+    assert state["step"] == 2 and state["settings"]["dropout"] == 0.1
+    for p, q in zip(old.parameters(), new.parameters()):
+        assert torch.allclose(p, q, atol=1e-6)
+    assert "begins with the weights of out/run" in capfd.readouterr().out
+    fresh, _ = train.load_checkpoint("out/new")
+    assert fresh.config.n_embd == 32
+    # The same words again go on, and need not find the first run any more.
+    shutil.rmtree("out/run")
+    assert call(command + " --max-steps 2 --resume") == 0
+
+
+def test_one_command_line_starts_goes_on_and_ends(here, capfd):
+    """As schedulers and torchrun --max-restarts give it, again and again."""
+    command = TINY_TRAIN + " --resume --out-dir out/new"
+    pid = in_child(run_slowly, command.split()[1:])
+    wait_for_log(Path("out/new"), pid)
+    os.kill(pid, signal.SIGTERM)
+    assert exit_code(pid) == 130
+    assert call(command) == 0
+    assert "resumed at step" in capfd.readouterr().out
+    check_same_run(Path("out/new"), Path("out/run"))
+    before = (Path("out/new/ckpt.pt").stat().st_mtime_ns, Path("out/new/log.jsonl").read_text())
+    assert call(command) == 0
+    assert "out/new has finished its 40 steps" in capfd.readouterr().out
+    assert before == (Path("out/new/ckpt.pt").stat().st_mtime_ns,
+                      Path("out/new/log.jsonl").read_text())
+
+
+def test_a_rank_leaves_when_torchrun_is_gone(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    old = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    stop = train.StopRequest()
+    assert not stop
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert stop
+    for name, handler in old.items():
+        signal.signal(name, handler)
