@@ -3,6 +3,7 @@
 The parts, from top to bottom: tokenizers, facts, text, the network, everything else that can fail.
 """
 import contextlib
+import errno
 import gzip
 import hashlib
 import http.server
@@ -12,6 +13,8 @@ import os
 import random
 import re
 import signal
+import socket
+import ssl
 import subprocess
 import sys
 import tarfile
@@ -683,6 +686,38 @@ def test_what_is_not_there_is_asked_for_once(hub):
     check_says_what_to_do(said, hub)
     assert "404" in said
     assert len(hub.log) == 1
+
+
+@pytest.mark.parametrize("number", [errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH,
+                                    errno.ETIMEDOUT, errno.ECONNRESET])
+@pytest.mark.parametrize("place", [1, 3])
+def test_the_network_goes_down_while_we_read(number, place, hub, monkeypatch):
+    """Before the answer has come, and in the middle of it."""
+    real = socket.SocketIO.readinto
+    reads = 0
+
+    def readinto(file, buffer):
+        nonlocal reads
+        if threading.current_thread() is threading.main_thread():  # not the hub's
+            reads += 1
+            if reads == place:
+                raise OSError(number, os.strerror(number))
+        return real(file, buffer)
+    monkeypatch.setattr(socket.SocketIO, "readinto", readinto)
+    main(STORY)
+    assert len(hub.log) == 2
+    assert len(hub.waits) == 1
+
+
+def test_a_certificate_that_is_not_trusted_is_said_at_once(hub, monkeypatch):
+    def connect(connection):
+        raise ssl.SSLCertVerificationError(
+            "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: self signed")
+    monkeypatch.setattr(pd.urllib3.connection.HTTPConnection, "connect", connect)
+    said = complaint(STORY)
+    check_says_what_to_do(said, hub)
+    assert "REQUESTS_CA_BUNDLE" in said
+    assert hub.waits == []
 
 
 def test_no_connection(hub):
