@@ -380,7 +380,10 @@ class MixtureOfExperts(nn.Module):
         if self.training:
             self.balance = E * (load / len(order) * p.mean(dim=0)).sum()
         queues = x.new_zeros(E, load.max(), C)  # (E, longest, C)
-        queues = queues.index_put((experts, place), x[order // K])
+        # Each row is copied once, and the copies' gradients are added up in order. x[order // K]
+        # would be shorter, but its backward adds in any order.
+        copies = x[:, None].expand(-1, K, -1).reshape(-1, C)  # (N*K, C)
+        queues = queues.index_put((experts, place), copies[order])
         hidden = F.gelu(queues @ self.experts_in.to(x.dtype))  # (E, longest, h)
         answers = (hidden @ self.experts_out.to(x.dtype))[experts, place]  # (N*K, C), sorted
         y = torch.empty_like(answers).index_put((order,), answers)  # (N*K, C), as they were

@@ -2,10 +2,20 @@
 
 Each is held to a twin that follows the formula word by word, one token and one read at a time.
 """
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
+from test_train import TINY, check_same_run, exit_code, in_child, run_slowly
 
+import train
 from memory import PEER, HashedMemory, MemoryTable, MixtureOfExperts
 from model import GPT, RIVALS, GPTConfig
 
@@ -284,3 +294,61 @@ def test_counts_of_a_mixture_add_up():
 def test_what_cannot_work_is_refused(kind, changes, words):
     with pytest.raises(ValueError, match=words):
         make(kind, **changes)
+
+
+# ---- training
+
+@pytest.mark.parametrize("kind", [*RIVALS, "dense"])
+def test_a_run_is_stopped_and_resumed(kind, data, tmp_path):
+    command = [*TINY, "--data", str(data), "--ffn", kind]
+    whole = tmp_path / "whole"
+    assert train.main([*command, "--out-dir", str(whole)]) == 0
+    out = tmp_path / "stopped"
+    pid = in_child(run_slowly, [*command, "--out-dir", str(out)])
+    deadline = time.monotonic() + 60
+    while not (out / "log.jsonl").exists() or not (out / "log.jsonl").stat().st_size:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(pid, signal.SIGTERM)
+    assert exit_code(pid) == 130
+    assert train.main(["--resume", "--out-dir", str(out)]) == 0
+    check_same_run(out, whole)
+    losses = [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0] - 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, tolerance", [("peer", 1e-4), ("moe", 3e-2), ("hash", 1e-4)])
+def test_two_ranks_train_as_one(kind, tolerance, data, tmp_path):
+    """A mixture keeps the experts of each rank equally busy, so it is a little different."""
+    command = [*TINY, "--data", str(data), "--ffn", kind]
+    assert train.main([*command, "--out-dir", str(tmp_path / "one")]) == 0
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                    "--nproc_per_node=2", "train.py", *command, "--out-dir", tmp_path / "two"],
+                   cwd=Path(__file__).resolve().parents[1], check=True, capture_output=True)
+    one, two = (json.loads((tmp_path / name / "result.json").read_text())
+                for name in ("one", "two"))
+    assert abs(one["val_loss"] - two["val_loss"]) < tolerance * one["val_loss"]
+    assert one["params"] == two["params"]
+
+
+@pytest.mark.parametrize("kind", ["peer", "moe"])
+def test_a_table_that_cannot_be_cut_is_not(kind, data):
+    s = train.Settings(data=str(data), n_layer=2, n_embd=32, n_head=2, batch_size=16, ffn=kind,
+                       mem_layers=(1,), mem_n_keys=32)
+    train.fit_to_data(s, world=4)
+    assert train.slices(s, world=4) == 1
+    s.mem_parallel = 2
+    with pytest.raises(ValueError, match="--mem-parallel 2: ranks cannot share"):
+        train.fit_to_data(s, world=4)
+
+
+def test_experts_have_a_rate_of_their_own():
+    model = make("moe")
+    optimizers, others = train.make_optimizers(model, train.Settings(expert_lr=0.5))
+    assert len(optimizers) == 1
+    group = optimizers[0].param_groups[-1]
+    assert group["peak"] == 0.5 and group["weight_decay"] == 0.1
+    assert {id(p) for p in group["params"]} == {
+        id(p) for name, p in model.named_parameters() if "experts_" in name}
+    assert len(others) == len(list(model.parameters()))
