@@ -17,10 +17,19 @@ To put a layer into a model of your own:
     table = MemoryTable(n_keys=128, dim=256)            # 16,384 slots; register it in your model
     layer = ProductKeyMemory(256, table)                # x (B, T, 256) -> (B, T, 256)
 
+Its rivals stand below it. Each adds parameters, and hardly any compute, in another way:
+
+                      how slots are found        how they are weighed     what is read
+    ProductKeyMemory  by a query                 softmax of the scores    a value
+    HashedMemory      by a hash of the tokens    softmax of a gate        a value
+    PEER              by a query                 softmax of the scores    a neuron: two vectors
+    MixtureOfExperts  by a router over all       softmax of the router    a small MLP
+
 Over several ranks the table is cut into slices along D: see "parallel memory" below.
 
 B, T, C batch, tokens, channels · N = B*T · H heads · K slots read per head · R = H*K
 n half-keys per side · S = n*n slots · D value dim · d half-key dim · P ranks that share one table
+E experts, of h hidden units each
 """
 import math
 
@@ -73,10 +82,12 @@ class MemoryTable(nn.Module):
     mesh: a torch DeviceMesh ("replica", "slice") of several ranks. The P ranks along "slice" hold
     D/P dims of every slot each. Raises ValueError if P does not divide dim.
     init: False leaves the values unset, for a model that draws all its weights itself.
+    std: of the values that init_weights draws, a number or a (dim,) tensor; default 1/sqrt(dim).
     """
 
-    def __init__(self, n_keys, dim, dtype=torch.float32, mesh=None, init=True):
+    def __init__(self, n_keys, dim, dtype=torch.float32, mesh=None, init=True, std=None):
         super().__init__()
+        self.std = dim**-0.5 if std is None else std
         self.n_keys = n_keys
         self.dim = dim  # D, of the whole table
         self.mesh = mesh
@@ -100,9 +111,9 @@ class MemoryTable(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Normal with std 1/sqrt(D). Whole rows are drawn, so any slicing gets the same numbers."""
+        """Normal. Whole rows are drawn, so that any slicing gets the same numbers."""
         for rows in self.values.split(4096):  # (<= 4096, D/P)
-            whole = torch.empty(len(rows), self.dim).normal_(std=self.dim**-0.5)  # (<= 4096, D)
+            whole = torch.empty(len(rows), self.dim).normal_().mul_(self.std)  # (<= 4096, D)
             rows.copy_(whole[:, self.dims])
 
     def read(self, slots, weights):
@@ -110,17 +121,22 @@ class MemoryTable(nn.Module):
 
         Over several ranks, N must be the same on all ranks that share the table.
         """
-        if self.counting:
-            # In units of 2^-24. Integers have one sum, whatever the order and the device. Rounded
-            # up, so that a read with a tiny weight is a read.
-            share = (weights.detach().float() * 2**24).ceil().long()  # (N, R)
-            self.read_weight.index_add_(0, slots.reshape(-1), share.reshape(-1))
+        self.count_reads(slots, weights)
         if self.parts == 1:
             return gather(self.values, slots, weights, self.grad_sum)  # (N, D)
         slots = AllGather.apply(slots.int(), self.group)  # (P*N, R)
         weights = AllGather.apply(weights, self.group)  # (P*N, R)
         y = gather(self.values, slots, weights, self.grad_sum)  # (P*N, D/P)
         return Exchange.apply(y, self.group)  # (N, D)
+
+    def count_reads(self, slots, weights):
+        """While counting, add up how much of each slot is read. slots, weights (N, R)."""
+        if not self.counting:
+            return
+        # In units of 2^-24. Integers have one sum, whatever the order and the device. Rounded up,
+        # so that a read with a tiny weight is a read.
+        share = (weights.detach().float() * 2**24).ceil().long()  # (N, R)
+        self.read_weight.index_add_(0, slots.reshape(-1), share.reshape(-1))
 
     def count(self, on):
         """Start counting reads, from zero, or stop."""
@@ -173,6 +189,7 @@ class ProductKeyMemory(nn.Module):
                              f"a key has two halves, so choose an even one")
         self.heads = heads  # H
         self.topk = topk  # K
+        self.reads = heads * topk  # R
         self.half_dim = key_dim // 2  # d
         self.qk_norm = qk_norm
         self.query = nn.Linear(dim, heads * key_dim, bias=False)  # weight (H*2d, C)
@@ -216,6 +233,162 @@ class ProductKeyMemory(nn.Module):
         if self.out is not None:
             y = self.out(y)  # (B, T, C)
         return y
+
+
+# ---- its rivals
+
+
+class HashedMemory(nn.Module):
+    """The same table without a search: a hash of the last one, two or three tokens names the slots.
+
+    y = sum over r of softmax(W x)_r * values[hash_r(the last 1 + r % 3 tokens)]
+
+    Hashed tables of n-grams are an old idea (hash layers, arXiv 2106.04426). Engram (arXiv
+    2601.07372) puts such tables into large models. How do they differ from product keys? A hash
+    sees the last tokens and nothing else: the same three tokens read the same slots, whatever came
+    before. A query is made from all that the model has understood of the context.
+
+    It is the cheapest of the layers here, and it tells apart two questions: is it the size of the
+    table that helps, or the way it is addressed?
+
+    dim: C. table: a MemoryTable. reads: R. seed: of the hash functions; layers that share a table
+    should have different ones. tokens (B, T + 2): the tokens of x (B, T, C), and the two before
+    each of them; numbers below 0 stand for what is not there.
+    """
+
+    def __init__(self, dim, table, reads=128, seed=0):
+        super().__init__()
+        self.reads = reads  # R
+        self.weigh = nn.Linear(dim, reads, bias=False)  # W (R, C)
+        needs_out = table.dim != dim
+        self.out = nn.Linear(table.dim, dim, bias=False) if needs_out else None  # (C, D)
+        self.tables = [table]  # as in ProductKeyMemory
+        # A random odd factor for each read and each of the three tokens, 0 for a token that the
+        # read does not look at.
+        generator = torch.Generator().manual_seed(seed)
+        factors = torch.randint(2**31, (reads, 3), generator=generator) * 2 + 1  # (R, 3)
+        order = 1 + torch.arange(reads)[:, None] % 3  # (R, 1)
+        factors = factors * (torch.arange(3) < order)  # (R, 3)
+        self.register_buffer("factors", factors, persistent=False)
+
+    def search(self, tokens):
+        """Which slots each token reads: tokens (B, T + 2) -> slots (B, T, R) int32."""
+        table, = self.tables
+        B = len(tokens)
+        T = tokens.shape[1] - 2
+        # The token itself, the one before it, the one before that.
+        last = torch.stack([tokens[:, 2 - i:2 - i + T] for i in range(3)], dim=-1)  # (B, T, 3)
+        words = (last[:, :, None] + 2) * self.factors  # (B, T, R, 3), 64 bits, may overflow
+        h = words.sum(-1)  # (B, T, R)
+        h = (h ^ (h >> 29)) * 0x2545F4914F6CDD1D  # mixes the upper bits, where the factors meet ...
+        slots = (h >> 33) % len(table.values)  # ... and takes the best mixed ones
+        return slots.int().view(B, T, self.reads)
+
+    def forward(self, x, tokens):
+        B, T, C = x.size()
+        table, = self.tables
+        slots = self.search(tokens).view(B * T, -1)  # (N, R)
+        weights = self.weigh(x).view(B * T, -1).softmax(dim=-1)  # (N, R)
+        y = table.read(slots, weights).view(B, T, table.dim).to(x.dtype)  # (B, T, D)
+        if self.out is not None:
+            y = self.out(y)  # (B, T, C)
+        return y
+
+
+class PEER(nn.Module):
+    """A million tiny experts (arXiv 2407.04153): each has one hidden unit, two vectors u and v.
+
+    y = sum over the R best experts of softmax(scores)_i * gelu(x . u_i) * v_i
+
+    They are found as ProductKeyMemory finds its slots, whose search it has. A slot of the table
+    holds u and v, so the same number of parameters makes half as many slots, and half as many reads
+    move as many bytes.
+
+    dim: C. table: a MemoryTable with dim 2C. heads, topk, key_dim, qk_norm: see ProductKeyMemory.
+    """
+
+    def __init__(self, dim, table, heads=4, topk=16, key_dim=None, qk_norm=True, init=True):
+        super().__init__()
+        self.finder = ProductKeyMemory(dim, table, heads, topk, key_dim, gate=False,
+                                       qk_norm=qk_norm, init=init)
+        self.finder.out = None  # of the finder nothing but its search is used
+        self.reads = heads * topk  # R
+        self.tables = [table]
+
+    @staticmethod
+    def std(dim, reads):
+        """The std of a slot's numbers: u has variance 1/C, v has 1/R, so that y has 1. -> (2C,)"""
+        return torch.tensor([dim**-0.5] * dim + [reads**-0.5] * dim)
+
+    def forward(self, x):
+        B, T, C = x.size()
+        table, = self.tables
+        x = x.view(B * T, C)  # (N, C)
+        slots, weights = self.finder.search(x)  # (N, H, K) both
+        slots = slots.flatten(1)  # (N, R)
+        weights = weights.flatten(1)  # (N, R)
+        table.count_reads(slots, weights)
+        u, v = F.embedding(slots, table.values).to(x.dtype).chunk(2, dim=-1)  # (N, R, C) both
+        hidden = F.gelu(torch.einsum("nc,nrc->nr", x, u))  # (N, R)
+        y = torch.einsum("nr,nrc->nc", weights.to(x.dtype) * hidden, v)  # (N, C)
+        return y.view(B, T, C)
+
+
+class MixtureOfExperts(nn.Module):
+    """E small MLPs, of which each token uses the K that the router likes best (token choice).
+
+    p = softmax(W_r x)        y = sum over the top K of p_e / (sum of these p) * W2_e gelu(W1_e x)
+
+    Many small experts, as in OLMoE (arXiv 2409.02060). No token is dropped: each expert gets room
+    for as many tokens as the most popular one has. That number comes from the data, so
+    torch.compile cuts its graph there. With K = 1 the weight is p itself: 1 would give the router
+    no gradient.
+
+    balance: after a forward in training, the Switch loss E * sum_e f_e P_e (arXiv 2101.03961): f_e
+    is the share of assignments that expert e got, P_e the mean of p_e. It is 1 when all experts get
+    the same. GPT adds a little of it to the loss.
+
+    dim: C. experts: E. hidden: h. topk: K.
+    """
+
+    def __init__(self, dim, experts, hidden, topk):
+        super().__init__()
+        self.topk = topk  # K
+        self.router = nn.Linear(dim, experts, bias=False)  # W_r (E, C)
+        self.experts_in = nn.Parameter(torch.empty(experts, dim, hidden))  # W1 (E, C, h)
+        self.experts_out = nn.Parameter(torch.empty(experts, hidden, dim))  # W2 (E, h, C)
+        self.balance = None
+
+    def route(self, x):
+        """x (N, C) -> weights, experts (N, K), and p (N, E)."""
+        p = self.router(x).float().softmax(dim=-1)  # (N, E)
+        weights, experts = p.topk(self.topk, dim=-1)  # (N, K) both
+        if self.topk > 1:
+            weights = weights / weights.sum(dim=-1, keepdim=True)  # (N, K)
+        return weights, experts, p
+
+    def forward(self, x):
+        B, T, C = x.size()
+        E = len(self.experts_in)
+        K = self.topk
+        x = x.view(B * T, C)  # (N, C)
+        weights, experts, p = self.route(x)
+        # Sort the N*K assignments by expert, and give each its place in its expert's queue.
+        experts, order = experts.flatten().sort(stable=True)  # (N*K,) both
+        load = experts.bincount(minlength=E)  # (E,): how many assignments an expert has
+        place = torch.arange(len(order), device=x.device) - (load.cumsum(0) - load)[experts]
+        if self.training:
+            self.balance = E * (load / len(order) * p.mean(dim=0)).sum()
+        queues = x.new_zeros(E, load.max(), C)  # (E, longest, C)
+        # Each row is copied once, and the copies' gradients are added up in order. x[order // K]
+        # would be shorter, but its backward adds in any order.
+        copies = x[:, None].expand(-1, K, -1).reshape(-1, C)  # (N*K, C)
+        queues = queues.index_put((experts, place), copies[order])
+        hidden = F.gelu(queues @ self.experts_in.to(x.dtype))  # (E, longest, h)
+        answers = (hidden @ self.experts_out.to(x.dtype))[experts, place]  # (N*K, C), sorted
+        y = torch.empty_like(answers).index_put((order,), answers)  # (N*K, C), as they were
+        y = torch.einsum("nk,nkc->nc", weights.to(y.dtype), y.view(B * T, K, C))  # (N, C)
+        return y.view(B, T, C)
 
 
 # ---- parallel memory: one table over P ranks

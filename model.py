@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from memory import MemoryTable, ProductKeyMemory
+from memory import PEER, HashedMemory, MemoryTable, MixtureOfExperts, ProductKeyMemory
 
 
 # ---- settings
@@ -36,7 +36,8 @@ class GPTConfig:
     n_head: int = setting(12, "attention heads")
     n_embd: int = setting(768, "width C")
     dropout: float = setting(0.0, "on attention, MLP and embeddings")
-    ffn: str = setting("dense", "dense | memory: what replaces the MLP in the blocks of mem_layers")
+    ffn: str = setting("dense", "dense | memory | hash | peer | moe: what replaces the MLP in the "
+                       "blocks of mem_layers")
     mem_layers: tuple = setting((4, 6, 8), "0-based blocks with a memory layer, as 4,6,8")
     mem_n_keys: int = setting(256, "n half-keys per side: the table has n*n slots")
     mem_heads: int = setting(4, "H queries per token")
@@ -48,6 +49,10 @@ class GPTConfig:
     mem_dtype: str = setting("float32", "float32 | bfloat16: the table's values; "
                              "to train one takes 16 or 10 bytes a value")
     qk_norm: bool = setting(True, "RMS-norm on query halves and half-keys")
+    moe_experts: int = setting(0, "E experts, with as many weights in all as the memory layer's "
+                               "table; 0: 256, or 4 * mem_n_keys if that is less")
+    moe_topk: int = setting(0, "K experts per token; 0: as many as the MLP's FLOPs allow")
+    moe_balance: float = setting(0.01, "weight of the loss that keeps experts equally busy")
 
     def check(self):
         """Raise ValueError, in one line, for sizes that cannot work. Returns self."""
@@ -58,10 +63,12 @@ class GPTConfig:
         if self.n_embd % (2 * self.n_head):
             raise ValueError(f"--n-embd {self.n_embd} is not a multiple of 2 * --n-head = "
                              f"{2 * self.n_head}: heads must have an even size, change one of them")
-        if self.ffn not in ("dense", "memory"):
-            raise ValueError(f"--ffn {self.ffn} is unknown: choose dense or memory")
-        if self.ffn == "memory":
+        if self.ffn not in ("dense", *RIVALS):
+            raise ValueError(f"--ffn {self.ffn} is unknown: choose dense, {', '.join(RIVALS)}")
+        if self.ffn != "dense":
             self.check_memory()
+        if self.ffn == "moe":
+            self.check_experts()
         return self
 
     def check_memory(self):
@@ -92,12 +99,59 @@ class GPTConfig:
         if self.mem_n_keys**2 >= 2**31:
             raise ValueError(f"--mem-n-keys {self.mem_n_keys} makes {self.mem_n_keys**2} slots, "
                              f"the limit is 2^31 - 1: lower --mem-n-keys")
+        is_plain = self.value_dim() == self.n_embd and self.mem_dtype == "float32"
+        if self.ffn in ("peer", "moe") and not is_plain:
+            raise ValueError(f"--ffn {self.ffn} has no --mem-value-dim and no --mem-dtype "
+                             f"bfloat16: leave them out")
+
+    def check_experts(self):
+        """The same for the settings of the mixture of experts."""
+        E = self.experts()
+        if self.moe_experts < 0 or self.expert_hidden() < 1:
+            raise ValueError(f"--moe-experts {E} do not share the weights of "
+                             f"{self.mem_n_keys**2} slots: choose 1 to {self.mem_n_keys**2 // 2}")
+        if not 1 <= self.experts_per_token() <= E:
+            raise ValueError(f"--moe-topk {self.experts_per_token()}: {E} experts of "
+                             f"{self.expert_hidden()} hidden units cannot be matched with the "
+                             f"MLP's FLOPs: change --moe-experts or --mem-n-keys, or set "
+                             f"--moe-topk to 1..{E}")
+        if not self.moe_balance >= 0:
+            raise ValueError(f"--moe-balance {self.moe_balance} is not at least 0: raise it")
+
+    # Each rival has as many parameters as the memory layer, and about as many FLOPs as the MLP.
+
+    def peer_n_keys(self):
+        """An expert of PEER is two vectors, so there are half as many as there are slots."""
+        return max(round(self.mem_n_keys / 2**0.5), 1)
+
+    def peer_topk(self):
+        return max(self.mem_topk // 2, 1)
+
+    def experts(self):
+        """E: with fewer, the router of a small mixture does not outweigh its experts."""
+        return self.moe_experts or min(256, 4 * self.mem_n_keys)
+
+    def expert_hidden(self):
+        """h: the weights of all experts, E * 2 * C * h, are as many as the table's, S * C."""
+        return self.mem_n_keys**2 // (2 * self.experts())
+
+    def experts_per_token(self):
+        """K: router and experts, C * E + K * 2 * C * h, are no more than the MLP's 8 * C * C."""
+        budget = 8 * self.n_embd - self.experts()
+        return self.moe_topk or budget // (2 * self.expert_hidden())
 
     def key_dim(self):
         return self.mem_key_dim or self.n_embd // 2
 
     def value_dim(self):
         return self.mem_value_dim or self.n_embd
+
+
+# What --ffn can put in the place of the MLP.
+RIVALS = ("memory", "hash", "peer", "moe")
+# Those that read a table, and of these, those whose table can be cut into slices over ranks.
+READ_A_TABLE = ("memory", "hash", "peer")
+CAN_BE_SLICED = ("memory", "hash")
 
 
 def check_positive(config, name):
@@ -160,32 +214,53 @@ class MLP(nn.Module):
         return self.proj(F.gelu(self.fc(x)))  # (B, T, C)
 
 
-def make_ffn(config, table):
-    """What follows attention in a block: an MLP, or in the blocks of mem_layers a memory layer.
+def make_ffn(config, layer, table):
+    """What follows attention in block `layer`: an MLP, or in the blocks of mem_layers a rival.
 
-    A new kind of layer is added here; it needs a name for ffn in GPTConfig.check, and if it reads a
-    table, that is made in GPT.__init__. Its forward takes x (B, T, C) and returns (B, T, C).
+    A new kind of layer is added here; it needs a name in RIVALS, and if it reads a table, that is
+    made by make_table. Its forward takes x (B, T, C) and returns (B, T, C).
     """
-    if table is None:
+    if config.ffn == "dense" or layer not in config.mem_layers:
         return MLP(config)
-    return ProductKeyMemory(config.n_embd, table, heads=config.mem_heads, topk=config.mem_topk,
-                            key_dim=config.key_dim(), gate=config.mem_gate, qk_norm=config.qk_norm,
-                            init=False)
+    C = config.n_embd
+    H = config.mem_heads
+    if config.ffn == "moe":
+        return MixtureOfExperts(C, config.experts(), config.expert_hidden(),
+                                config.experts_per_token())
+    if config.ffn == "hash":
+        return HashedMemory(C, table, reads=H * config.mem_topk, seed=layer)
+    if config.ffn == "peer":
+        return PEER(C, table, H, config.peer_topk(), config.key_dim(), config.qk_norm, init=False)
+    return ProductKeyMemory(C, table, heads=H, topk=config.mem_topk, key_dim=config.key_dim(),
+                            gate=config.mem_gate, qk_norm=config.qk_norm, init=False)
+
+
+def make_table(config, mesh):
+    """The table that a layer of this kind reads."""
+    if config.ffn == "peer":
+        reads = config.mem_heads * config.peer_topk()
+        return MemoryTable(config.peer_n_keys(), 2 * config.n_embd, init=False,
+                           std=PEER.std(config.n_embd, reads))
+    dtype = getattr(torch, config.mem_dtype)
+    return MemoryTable(config.mem_n_keys, config.value_dim(), dtype, mesh, init=False)
 
 
 class Block(nn.Module):
-    def __init__(self, config, table):
+    def __init__(self, config, layer, table):
         super().__init__()
         self.norm1 = nn.RMSNorm(config.n_embd)
         self.norm2 = nn.RMSNorm(config.n_embd)
         self.attn = Attention(config)
-        self.ffn = make_ffn(config, table)
+        self.ffn = make_ffn(config, layer, table)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, rope, cache=None):
+    def forward(self, x, rope, tokens, cache=None):
+        """tokens (B, T + 2): those of x and the two before, for a layer that needs them."""
         y, cache = self.attn(self.norm1(x), rope, cache)  # (B, T, C)
         x = x + self.drop(y)  # (B, T, C)
-        x = x + self.drop(self.ffn(self.norm2(x)))  # (B, T, C)
+        h = self.norm2(x)  # (B, T, C)
+        y = self.ffn(h, tokens) if isinstance(self.ffn, HashedMemory) else self.ffn(h)
+        x = x + self.drop(y)  # (B, T, C)
         return x, cache
 
 
@@ -199,15 +274,14 @@ class GPT(nn.Module):
         C = config.n_embd
         self.tables = nn.ModuleList()
         table_of = {}  # block number: the table that its memory layer reads
-        memory_blocks = config.mem_layers if config.ffn == "memory" else ()
+        memory_blocks = config.mem_layers if config.ffn in READ_A_TABLE else ()
         for layer in memory_blocks:
             if not config.mem_share or not self.tables:
-                dtype = getattr(torch, config.mem_dtype)
-                table = MemoryTable(config.mem_n_keys, config.value_dim(), dtype, mesh, init=False)
-                self.tables.append(table)
+                self.tables.append(make_table(config, mesh))
             table_of[layer] = self.tables[-1]
         self.wte = nn.Embedding(config.vocab_size, C)
-        self.blocks = nn.ModuleList(Block(config, table_of.get(i)) for i in range(config.n_layer))
+        self.blocks = nn.ModuleList(
+            Block(config, i, table_of.get(i)) for i in range(config.n_layer))
         self.norm = nn.RMSNorm(C)
         self.head = nn.Linear(C, config.vocab_size, bias=False)
         self.head.weight = self.wte.weight  # tied (V, C)
@@ -225,6 +299,7 @@ class GPT(nn.Module):
                       divided by sqrt(2 * n_layer), as in nanoGPT
         half-keys     uniform in [-b, b], b = 1/sqrt(key dim) (arXiv 2412.09764)
         values        normal, std 1/sqrt(D) (arXiv 2412.09764)
+        experts       as matrices; those that write are divided likewise
         norms         1, as they are made
         """
         for table in self.tables:
@@ -234,24 +309,29 @@ class GPT(nn.Module):
                 p.uniform_(-1, 1).mul_((2 * p.shape[-1]) ** -0.5)  # (2, H, n, d)
             elif name.startswith("wte"):  # the head too: a tied weight is listed once
                 p.normal_(std=0.02)  # (V, C)
+            elif name.endswith(("experts_in", "experts_out")):  # (E, inputs, outputs)
+                p.normal_(std=p.shape[1] ** -0.5)
+                if name.endswith("out"):
+                    p.div_((2 * self.config.n_layer) ** 0.5)
             elif p.dim() == 2 and not name.endswith("values"):
                 p.normal_(std=p.shape[1] ** -0.5)
                 if name.endswith(("proj.weight", "out.weight")):
                     p.div_((2 * self.config.n_layer) ** 0.5)
 
     def memories(self):
-        """The memory layers, as (block number, ProductKeyMemory)."""
+        """The layers that stand in the place of an MLP, as (block number, layer)."""
         pairs = enumerate(block.ffn for block in self.blocks)
-        return [(i, ffn) for i, ffn in pairs if isinstance(ffn, ProductKeyMemory)]
+        return [(i, ffn) for i, ffn in pairs if not isinstance(ffn, MLP)]
 
-    def forward(self, idx, targets=None, reduction="mean", caches=None):
+    def forward(self, idx, targets=None, reduction="mean", caches=None, before=None):
         """idx (B, T) int64, targets (B, T) int64 or None -> (logits, loss).
 
         With targets: logits (B, T, V), which carry no gradient, and the mean cross-entropy in nats
         (reduction="none": that of each token, (B, T)). Without: logits of the last position only,
         (B, 1, V), and None. caches: a list with (k, v) or None for each block, read and refilled in
-        place, for generation; once they are filled, T = 1. Raises ValueError if the context is
-        longer than block_size.
+        place, for generation; once they are filled, T = 1. before: the two tokens that come before
+        idx, (B, 2); those in the caches are not seen otherwise. Raises ValueError if the context is
+        longer than block_size. In training the loss has the mixture of experts' balance added.
         """
         B, T = idx.size()
         past = 0
@@ -263,9 +343,12 @@ class GPT(nn.Module):
         if past and T > 1:  # there is no mask for them
             raise ValueError(f"{T} tokens at once with a filled cache: give one at a time")
         rope = self.cos[past:past + T], self.sin[past:past + T]  # (T, hs/2) both
+        if before is None:
+            before = idx.new_full((B, 2), -1)  # (B, 2): nothing
+        tokens = torch.cat((before, idx), dim=1)  # (B, T + 2)
         x = F.dropout(self.wte(idx), self.config.dropout, self.training)  # (B, T, C)
         for i, block in enumerate(self.blocks):
-            x, cache = block(x, rope, None if caches is None else caches[i])  # (B, T, C)
+            x, cache = block(x, rope, tokens, None if caches is None else caches[i])  # (B, T, C)
             if caches is not None:
                 caches[i] = cache
         x = self.norm(x)  # (B, T, C)
@@ -277,6 +360,9 @@ class GPT(nn.Module):
                                reduction=reduction)
         if reduction == "none":
             loss = loss.view(B, T)
+        if self.training and self.config.ffn == "moe":
+            balance = torch.stack([layer.balance for _, layer in self.memories()])
+            loss = loss + self.config.moe_balance * balance.mean()
         return logits.detach(), loss
 
     @torch.no_grad()
@@ -297,7 +383,8 @@ class GPT(nn.Module):
             if caches is None:
                 new = context  # (B, T)
                 caches = [None] * self.config.n_layer  # without use_cache it stays like this
-            logits, _ = self(new, caches=caches if use_cache else None)  # (B, 1, V)
+            before = F.pad(context, (2, 0), value=-1)[:, -new.size(1) - 2:-new.size(1)]  # (B, 2)
+            logits, _ = self(new, caches=caches if use_cache else None, before=before)  # (B, 1, V)
             token = sample_token(logits[:, -1].float(), temperature, top_k, top_p, generator)
             context = torch.cat((context, token), dim=1)  # (B, T + 1)
             new = token if use_cache else context
@@ -330,10 +417,10 @@ class GPT(nn.Module):
         return torch.cat(right).numpy(), torch.cat(nats).double().numpy()
 
     def param_counts(self):
-        """Parameters by what they do: embedding, dense, half_keys, values, and two sums.
+        """Parameters by what they do: embedding, dense, half_keys, values, experts, and two sums.
 
-        total: of these four. active: what one token uses, that is all but the rows of the tables
-        that it does not read.
+        total: of all these. active: what one token uses, that is all but the rows of the tables
+        that it does not read, and the experts that it does not ask. experts: only if there are any.
         """
         counts = dict.fromkeys(("embedding", "dense", "half_keys", "values"), 0)
         for name, p in self.named_parameters():
@@ -343,23 +430,36 @@ class GPT(nn.Module):
                 counts["half_keys"] += p.numel()
             elif name.endswith("values"):
                 counts["values"] += p.numel() * self.tables[0].parts  # p holds one rank's dims
+            elif name.endswith(("experts_in", "experts_out")):
+                counts["experts"] = counts.get("experts", 0) + p.numel()
             else:
                 counts["dense"] += p.numel()
         counts["total"] = sum(counts.values())
         read = min(self.numbers_read(), counts["values"])  # of a small table the same rows again
         counts["active"] = counts["total"] - counts["values"] + read
+        if "experts" in counts:
+            counts["active"] += self.numbers_asked() - counts["experts"]
         return counts
 
     def numbers_read(self):
         """Numbers that a token reads from the tables: R rows of D, for each memory layer."""
-        return sum(m.heads * m.topk * m.tables[0].dim for _, m in self.memories())
+        layers = self.memories() if self.tables else []
+        return sum(layer.reads * layer.tables[0].dim for _, layer in layers)
+
+    def numbers_asked(self):
+        """Weights of experts that a token is multiplied with: K * 2*C*h, for each layer."""
+        if self.config.ffn != "moe":
+            return 0
+        c = self.config
+        return len(c.mem_layers) * c.experts_per_token() * 2 * c.n_embd * c.expert_hidden()
 
     def flops_per_token(self):
         """FLOPs to train on one token, forward and backward.
 
         6 for each weight of a matrix that the token is multiplied with, half-keys and the tied head
         included; the embedding is a lookup. 12 * n_layer * T * C for attention (PaLM, appendix B).
-        6 for each number that is read from a table, however large the table is.
+        6 for each number that is read from a table, however large the table is, and for each weight
+        of an expert that is asked.
         """
         c = self.config
         matrices = 0
@@ -367,6 +467,7 @@ class GPT(nn.Module):
             if p.dim() == 2 and not name.endswith("values"):
                 matrices += p.numel()
         multiplied = matrices + self.param_counts()["half_keys"] + self.numbers_read()
+        multiplied += self.numbers_asked()
         return 6 * multiplied + 12 * c.n_layer * c.block_size * c.n_embd
 
 

@@ -46,7 +46,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import kernel
 import prepare_data
-from model import GPT, GPTConfig, setting
+from model import CAN_BE_SLICED, GPT, RIVALS, GPTConfig, setting
 from prepare_data import first_line, is_out_of_memory, reading
 
 
@@ -69,6 +69,7 @@ class Settings(GPTConfig):
                                     "Lower it when memory runs out")
     learning_rate: float = setting(3e-3, "peak rate; linear warm-up, then linear decay to 0")
     value_lr: float = setting(5e-3, "the same for the memory table's values")
+    expert_lr: float = setting(3e-3, "the same for the experts of --ffn moe")
     weight_decay: float = setting(0.1, "on matrices; "
                                   "not on embeddings, norms, half-keys and values")
     beta1: float = setting(0.9, "AdamW")
@@ -134,7 +135,8 @@ LIMITS = {
     "value_lr": (1e-30, math.inf), "grad_clip": (0, math.inf), "weight_decay": (0, 1e9),
     "vocab_size": (0, 2**16), "block_size": (0, 2**20), "n_layer": (1, 1000),
     "n_head": (1, 1000), "n_embd": (1, 2**16), "mem_heads": (1, 1000),
-    "mem_key_dim": (0, 2**16), "mem_value_dim": (0, 2**16),
+    "mem_key_dim": (0, 2**16), "mem_value_dim": (0, 2**16), "expert_lr": (1e-30, math.inf),
+    "moe_experts": (0, 2**16), "moe_topk": (0, 2**16), "moe_balance": (0, 1e9),
 }
 
 
@@ -294,11 +296,21 @@ def check_ranks(s, world):
     if micro < 1 or s.batch_size % (micro * world):
         raise ValueError(f"--batch-size {s.batch_size} does not divide into {world} rank(s) x "
                          f"--micro-batch-size {micro}: change one of them")
-    P = s.mem_parallel or world
+    if s.ffn in RIVALS and s.ffn not in CAN_BE_SLICED and s.mem_parallel > 1:
+        raise ValueError(f"--mem-parallel {s.mem_parallel}: ranks cannot share what --ffn {s.ffn} "
+                         f"holds: leave it out")
+    P = slices(s, world)
     D = s.value_dim()
-    if s.ffn == "memory" and (P < 1 or world % P or D % P):
+    if P < 1 or world % P or (s.ffn in CAN_BE_SLICED and D % P):
         raise ValueError(f"--mem-parallel {P}: a table of {D} dims cannot be shared so by {world} "
                          f"rank(s): choose a number that divides both, 1 always does")
+
+
+def slices(s, world):
+    """P: into how many slices the table is cut."""
+    if s.ffn not in CAN_BE_SLICED:
+        return 1
+    return s.mem_parallel or world
 
 
 # ---- files
@@ -397,19 +409,25 @@ def schedule(step, s):
 def make_optimizers(model, s):
     """AdamW for everything but the tables, and with memory layers a TableAdamW for those.
 
-    Matrices are decayed, the rest is not. Returns (list of optimizers, parameters of the first).
+    Matrices and experts are decayed, the rest is not. Returns (list of optimizers, parameters of
+    the first).
     """
     matrices = []
+    experts = []
     rest = []
     for name, p in model.named_parameters():
         if name.endswith(".values"):
             continue
-        if p.dim() == 2 and not name.startswith("wte"):  # half-keys have four dims
+        if name.endswith(("experts_in", "experts_out")):
+            experts.append(p)
+        elif p.dim() == 2 and not name.startswith("wte"):  # half-keys have four dims
             matrices.append(p)
         else:
             rest.append(p)
     groups = [dict(params=matrices, weight_decay=s.weight_decay),
               dict(params=rest, weight_decay=0.0)]
+    if experts:
+        groups.append(dict(params=experts, weight_decay=s.weight_decay, lr=s.expert_lr))
     betas = (s.beta1, s.beta2)
     optimizers = [torch.optim.AdamW(groups, lr=s.learning_rate, betas=betas, fused=True)]
     if model.tables:
@@ -418,7 +436,7 @@ def make_optimizers(model, s):
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]  # the loop sets lr to peak * schedule
-    return optimizers, matrices + rest
+    return optimizers, matrices + rest + experts
 
 
 def largest_norm(s):
@@ -987,10 +1005,17 @@ def read_run(folder):
 
 def label(settings):
     """What a picture calls runs with these settings."""
-    if settings["ffn"] == "dense":
-        return f"Dense, width {settings['n_embd']}"
-    name = "Memory+" if settings["mem_gate"] and settings["qk_norm"] else "Memory"
-    return f"{name}, {settings['mem_n_keys'] ** 2:,} slots"
+    known = {f.name for f in dataclasses.fields(GPTConfig)}
+    config = GPTConfig(**{name: settings[name] for name in known & settings.keys()})
+    name = "Memory+" if config.mem_gate and config.qk_norm else "Memory"
+    labels = {
+        "dense": f"Dense, width {config.n_embd}",
+        "memory": f"{name}, {config.mem_n_keys ** 2:,} slots",
+        "hash": f"Hashed memory, {config.mem_n_keys ** 2:,} slots",
+        "peer": f"PEER, {config.peer_n_keys() ** 2:,} experts",
+        "moe": f"MoE, {config.experts():,} experts",
+    }
+    return labels[config.ffn]
 
 
 def by_kind(runs):
@@ -1169,12 +1194,12 @@ def choose_device(s, local_rank=0, world=1):
             raise ValueError(f"rank {local_rank} of this machine has no GPU, there is a GPU for "
                              f"{count} rank(s): start it with --nproc_per_node={count}")
         device = f"cuda:{local_rank}"
-    if s.ffn == "memory" and s.mem_dtype != "float32" and device == "mps":
+    wants_bfloat16 = s.ffn in CAN_BE_SLICED and s.mem_dtype == "bfloat16"
+    if wants_bfloat16 and device == "mps":
         raise ValueError(f"--mem-dtype {s.mem_dtype} does not train on mps: "
                          f"use float32 there, or --device cpu")
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)
-    wants_bfloat16 = s.ffn == "memory" and s.mem_dtype == "bfloat16"
     if wants_bfloat16 and device.startswith("cuda") and not has_bfloat16():
         raise ValueError(f"--mem-dtype bfloat16: {torch.cuda.get_device_name()} does not compute "
                          f"in bfloat16: use --mem-dtype float32")
@@ -1196,10 +1221,10 @@ def check_room(s, device, world):
         return
     mlps = s.n_layer
     values = 0
-    if s.ffn == "memory":
+    if s.ffn != "dense":  # each rival has as many values, or weights of experts, as the memory
         mlps -= len(s.mem_layers)
-        tables = 1 if s.mem_share else len(s.mem_layers)
-        values = tables * s.mem_n_keys**2 * s.value_dim() / (s.mem_parallel or world)
+        tables = 1 if s.mem_share and s.ffn != "moe" else len(s.mem_layers)
+        values = tables * s.mem_n_keys**2 * s.value_dim() / slices(s, world)
     # The large matrices: embedding, four of attention, eight times as many numbers in an MLP.
     matrices = s.vocab_size * s.n_embd + (4 * s.n_layer + 8 * mlps) * s.n_embd**2
     # A parameter with its gradient and two moments. See TableAdamW for tables.
@@ -1357,9 +1382,9 @@ class Trainer:
         self.accumulate = s.batch_size // (self.micro * world)
         self.rows = np.array_split(np.arange(s.batch_size), world)[rank]
 
-        self.P = s.mem_parallel or world
+        self.P = slices(s, world)
         mesh = None
-        if world > 1 and s.ffn == "memory":
+        if world > 1 and s.ffn in CAN_BE_SLICED:
             mesh = init_device_mesh(device.split(":")[0], (world // self.P, self.P),
                                     mesh_dim_names=("replica", "slice"))
         self.first_step = 0
@@ -1736,7 +1761,8 @@ def describe_run(trainer, preset, hardware):
         if trainer.P > 1:
             memory += f"; table in {trainer.P} slices"
     parts = " + ".join(f"{counts[name]:,} {name}"
-                       for name in ("embedding", "dense", "half_keys", "values"))
+                       for name in ("embedding", "dense", "half_keys", "values", "experts")
+                       if name in counts)
     epochs = s.max_steps * s.batch_size / trainer.loader.windows
     tokens = f"{len(trainer.loader.tokens):,} tokens"
     name = s.out_dir if trainer.first_step else preset  # a resumed run may be of any preset

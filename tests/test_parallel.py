@@ -41,6 +41,7 @@ MODELS = {
     "Memory": dict(mem_layers=(1,), mem_gate=False, qk_norm=False),
     "Memory+": dict(mem_layers=(0, 2)),
     "two tables of 20 dims": dict(mem_layers=(0, 2), mem_share=False, mem_value_dim=20),
+    "hash": dict(ffn="hash", mem_layers=(0, 2)),
 }
 TINY = ("--n-layer 2 --n-embd 32 --n-head 2 --mem-n-keys 16 --mem-topk 4 --mem-heads 2 "
         "--batch-size 16 --log-every 2 --eval-every 6 --eval-windows 61 --max-steps 12 "

@@ -1018,7 +1018,8 @@ def test_time_steps_takes_the_steps_of_a_run(data, tmp_path):
 
 def test_time_steps_prints_a_table(data, capsys):
     time_steps.main([*TINY, "--data", str(data)], seconds=0, warm_up=1)
-    title, dense, memory, memory_plus = capsys.readouterr().out.splitlines()
+    title, dense, memory, memory_plus, *rivals = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in rivals] == ["hash", "PEER", "MoE"]
     assert "of 12 rounds" in title
     assert dense.startswith("dense ")
     assert dense.endswith(" 1.00 [1.00, 1.00]")

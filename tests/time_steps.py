@@ -1,7 +1,7 @@
 """
 How much longer does a training step take with memory? Steps of three models, in turn.
 
-    python tests/time_steps.py                    # dense, Memory, Memory+ at the default size
+    python tests/time_steps.py                    # dense, memory and its rivals, default size
     python tests/time_steps.py openwebtext --data data/web --batch-size 128     # compiled, on a GPU
 
 In turn, so that a machine whose speed changes from minute to minute is as fast for each. It takes
@@ -24,6 +24,9 @@ KINDS = {
     "dense": ["--ffn", "dense"],
     "Memory": ["--no-mem-gate", "--no-qk-norm"],
     "Memory+": ["--mem-gate", "--qk-norm"],
+    "hash": ["--ffn", "hash"],
+    "PEER": ["--ffn", "peer"],
+    "MoE": ["--ffn", "moe"],
 }
 LEAST_ROUNDS = 12
 

@@ -1,0 +1,354 @@
+"""The layers that stand beside the memory layer: each does what its formula says.
+
+Each is held to a twin that follows the formula word by word, one token and one read at a time.
+"""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_train import TINY, check_same_run, exit_code, in_child, run_slowly
+
+import train
+from memory import PEER, HashedMemory, MemoryTable, MixtureOfExperts
+from model import GPT, RIVALS, GPTConfig
+
+V, T, C = 50, 12, 16
+
+
+def make(kind, **changes):
+    torch.manual_seed(0)
+    settings = dict(vocab_size=V, block_size=T, n_layer=3, n_head=2, n_embd=C, ffn=kind,
+                    mem_layers=(1, 2), mem_n_keys=16, mem_topk=4, mem_heads=2)
+    return GPT(GPTConfig(**settings | changes)).double()
+
+
+def check_gradients(layer, twin, x, *more):
+    """Output and gradients of a layer are those of its twin, a function of (layer, x, ...)."""
+    x.requires_grad_()
+    parameters = [x, *(p for p in layer.parameters()), *(t.values for t in tables(layer))]
+    results = []
+    for forward in (layer, lambda *args: twin(layer, *args)):
+        y = forward(x, *more)
+        grad_y = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(1))
+        grads = torch.autograd.grad(y, parameters, grad_y, allow_unused=True)
+        results.append((y, *grads))
+    used = 0
+    for got, want in zip(*results):
+        if want is None:
+            assert got is None or not got.any()
+            continue
+        used += 1
+        assert torch.allclose(got, want, rtol=1e-9, atol=1e-9)
+        assert want.any()
+    assert used >= 3
+
+
+def tables(layer):
+    return getattr(layer, "tables", [])
+
+
+# ---- hash
+
+def hashed():
+    torch.manual_seed(0)
+    table = MemoryTable(8, C).double()
+    return HashedMemory(C, table, reads=7, seed=3).double()
+
+
+def hash_twin(layer, x, tokens):
+    values = layer.tables[0].values
+    y = torch.zeros_like(x)
+    for b in range(len(x)):
+        for t in range(x.shape[1]):
+            weights = (layer.weigh.weight @ x[b, t]).softmax(0)
+            for r in range(layer.reads):
+                h = 0
+                for i in range(1 + r % 3):
+                    h += (tokens[b, t + 2 - i].item() + 2) * layer.factors[r, i].item()
+                h = (h ^ (h >> 29)) * 0x2545F4914F6CDD1D
+                h = (h + 2**63) % 2**64 - 2**63  # as 64 bits with a sign
+                y[b, t] += weights[r] * values[(h >> 33) % len(values)]
+    return y
+
+
+def test_hashed_memory_is_its_formula():
+    layer = hashed()
+    tokens = torch.randint(V, (2, T + 2))
+    tokens[:, :2] = -1
+    check_gradients(layer, hash_twin, torch.randn(2, T, C).double(), tokens)
+
+
+def test_a_hash_sees_as_many_tokens_as_it_should():
+    layer = hashed()
+    tokens = torch.randint(V, (1, T + 2))
+    slots = layer.search(tokens)  # (1, T, R)
+    assert slots.min() >= 0 and slots.max() < 64 and len(slots.unique()) > 40
+    for back in range(4):  # another token, so many places before the last one
+        other = tokens.clone()
+        other[0, -1 - back] = (other[0, -1 - back] + 1) % V
+        moved = layer.search(other)[0, -1] != slots[0, -1]  # (R,)
+        sees = torch.arange(7) % 3 >= back
+        assert not moved[~sees].any()
+        assert moved[sees].float().mean() > 0.5 or not sees.any()
+
+
+def test_layers_hash_differently():
+    model = make("hash")
+    one, other = (layer.factors for _, layer in model.memories())
+    assert (one != other).any(dim=1).all()
+
+
+# ---- PEER
+
+def peer():
+    torch.manual_seed(0)
+    table = MemoryTable(5, 2 * C, std=PEER.std(C, 6)).double()
+    return PEER(C, table, heads=2, topk=3, key_dim=8).double()
+
+
+def peer_twin(layer, x):
+    finder = layer.finder
+    values = layer.tables[0].values
+    d = finder.half_dim
+    y = torch.zeros_like(x)
+    for b in range(len(x)):
+        for t in range(x.shape[1]):
+            queries = F.rms_norm((finder.query.weight @ x[b, t]).view(2, 2, d), (d,)) / d**0.5
+            keys = F.rms_norm(finder.half_keys, (d,))
+            for h in range(2):
+                scores = (keys[0, h] @ queries[h, 0])[:, None] + keys[1, h] @ queries[h, 1]
+                best, experts = scores.flatten().topk(3)
+                for weight, i in zip(best.softmax(0), experts):
+                    u, v = values[i].chunk(2)
+                    y[b, t] += weight * F.gelu(x[b, t] @ u) * v
+    return y
+
+
+def test_peer_is_its_formula():
+    check_gradients(peer(), peer_twin, torch.randn(2, T, C).double())
+
+
+def test_peer_draws_u_and_v_by_their_variance():
+    table = MemoryTable(64, 2 * C, std=PEER.std(C, 50))
+    u, v = table.values.chunk(2, dim=1)
+    assert abs(u.std().item() * C**0.5 - 1) < 0.02
+    assert abs(v.std().item() * 50**0.5 - 1) < 0.02
+
+
+# ---- mixture of experts
+
+def experts(topk=3):
+    torch.manual_seed(0)
+    layer = MixtureOfExperts(C, experts=6, hidden=5, topk=topk).double()
+    for p in layer.parameters():
+        torch.nn.init.normal_(p)
+    return layer
+
+
+def experts_twin(layer, x):
+    y = torch.zeros_like(x)
+    for b in range(len(x)):
+        for t in range(x.shape[1]):
+            p = (layer.router.weight @ x[b, t]).float().softmax(0)
+            best, chosen = p.topk(layer.topk)
+            total = best.sum() if layer.topk > 1 else 1
+            for weight, e in zip(best / total, chosen):
+                hidden = F.gelu(x[b, t] @ layer.experts_in[e])
+                y[b, t] = y[b, t] + weight.double() * (hidden @ layer.experts_out[e])
+    return y
+
+
+@pytest.mark.parametrize("topk", [1, 3, 6])
+def test_a_mixture_of_experts_is_its_formula(topk):
+    torch.manual_seed(1)
+    check_close(experts(topk), experts_twin, torch.randn(2, T, C).double())
+
+
+def check_close(layer, twin, x):
+    """As check_gradients, in the float32 of the router."""
+    x.requires_grad_()
+    parameters = [x, *layer.parameters()]
+    grad_y = torch.randn(x.shape).double()
+    got = layer(x)
+    want = twin(layer, x)
+    assert torch.allclose(got, want, rtol=1e-4, atol=1e-4)
+    for a, b in zip(torch.autograd.grad(got, parameters, grad_y),
+                    torch.autograd.grad(want, parameters, grad_y)):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-3)
+        assert b.any()
+
+
+def test_no_token_is_dropped_when_all_want_one_expert():
+    layer = experts(topk=1)
+    with torch.no_grad():
+        layer.router.weight.zero_()
+        layer.router.weight[2] = 1.0
+    x = torch.rand(2, T, C).double() + 1
+    weights, chosen, _ = layer.route(x.view(-1, C))
+    assert (chosen == 2).all()
+    assert torch.allclose(layer(x), experts_twin(layer, x), rtol=1e-4)
+    assert layer(x).abs().sum(-1).min() > 0
+
+
+def test_balance_is_1_for_level_experts_and_E_for_a_single_one():
+    layer = experts(topk=1)
+    x = torch.rand(4, T, C).double() + 1
+    with torch.no_grad():
+        layer.router.weight.zero_()
+        layer.router.weight[2] = 10.0
+    layer(x)
+    assert abs(layer.balance.item() - 6) < 0.01
+    with torch.no_grad():
+        layer.router.weight.normal_(std=0.01)
+    layer(torch.randn(40, T, C).double())
+    assert abs(layer.balance.item() - 1) < 0.1
+
+
+def test_balance_is_in_the_training_loss_alone():
+    model = make("moe", moe_balance=0.5)
+    idx = torch.randint(V, (3, T))
+    model.train()
+    _, training = model(idx, idx)
+    balance = torch.stack([layer.balance for _, layer in model.memories()]).mean()
+    model.eval()
+    _, plain = model(idx, idx)
+    assert torch.allclose(training, plain + 0.5 * balance)
+    assert balance >= 0.9
+
+
+# ---- all of them in a GPT
+
+@pytest.mark.parametrize("kind", RIVALS)
+def test_the_future_is_not_seen(kind):
+    model = make(kind).eval()
+    idx = torch.randint(V, (2, T))
+    logits, _ = model(idx, idx)
+    for t in range(1, T):
+        other = idx.clone()
+        other[:, t:] = (other[:, t:] + 1 + torch.randint(V - 1, (2, T - t))) % V
+        changed, _ = model(other, other)
+        assert torch.allclose(changed[:, :t], logits[:, :t], rtol=1e-9, atol=1e-12)
+        assert not torch.allclose(changed[:, t], logits[:, t])
+
+
+@pytest.mark.parametrize("kind", RIVALS)
+def test_a_cache_changes_no_token(kind):
+    model = make(kind).eval()
+    prompt = torch.randint(V, (2, 3))
+    texts = []
+    for use_cache in (True, False):
+        generator = torch.Generator().manual_seed(0)
+        texts.append(torch.cat(list(model.generate(
+            prompt, 30, generator=generator, use_cache=use_cache)), dim=1))
+    assert torch.equal(*texts)
+    assert len(texts[0].unique()) > 5
+
+
+@pytest.mark.parametrize("kind", RIVALS)
+@pytest.mark.parametrize("n", [32, 64, 128, 256])
+def test_rivals_are_matched_at_the_default_size(kind, n):
+    """As many parameters as the memory model, at most 1.1 times the FLOPs of the dense one."""
+    def size(kind):
+        config = GPTConfig(vocab_size=833, block_size=9, n_layer=3, n_head=4, n_embd=64, ffn=kind,
+                           mem_layers=(1,), mem_n_keys=n, mem_key_dim=16, mem_gate=False,
+                           qk_norm=False)
+        model = GPT(config)
+        return model.param_counts()["total"], model.flops_per_token()
+    total, flops = size(kind)
+    memory_total, _ = size("memory")
+    _, dense_flops = size("dense")
+    assert abs(total / memory_total - 1) < 0.03
+    assert flops <= 1.1 * dense_flops
+
+
+def test_counts_of_a_mixture_add_up():
+    model = make("moe", moe_experts=8, moe_topk=2)
+    counts = model.param_counts()
+    # S / (2 * E) = 256 / 16 hidden units; two layers.
+    assert counts["experts"] == 2 * 8 * 2 * C * 16
+    assert counts["total"] == sum(p.numel() for p in model.parameters())
+    assert counts["total"] - counts["active"] == 2 * 6 * 2 * C * 16
+    dense = make("dense").flops_per_token()
+    mlp = 8 * C * C
+    assert model.flops_per_token() - dense == 6 * 2 * (8 * C + 2 * 2 * C * 16 - mlp)
+
+
+@pytest.mark.parametrize("kind, changes, words", [
+    ("moe", dict(mem_n_keys=512), "cannot be matched"),
+    ("moe", dict(moe_experts=300), "--moe-experts 300"),
+    ("moe", dict(moe_experts=-1), "--moe-experts"),
+    ("moe", dict(moe_topk=65), "--moe-topk 65"),
+    ("moe", dict(moe_balance=float("nan")), "--moe-balance"),
+    ("moe", dict(mem_dtype="bfloat16"), "--ffn moe has no"),
+    ("peer", dict(mem_dtype="bfloat16"), "--ffn peer has no"),
+    ("peer", dict(mem_value_dim=8), "--mem-value-dim"),
+    ("engram", {}, "choose dense, memory, hash, peer, moe"),
+])
+def test_what_cannot_work_is_refused(kind, changes, words):
+    with pytest.raises(ValueError, match=words):
+        make(kind, **changes)
+
+
+# ---- training
+
+@pytest.mark.parametrize("kind", [*RIVALS, "dense"])
+def test_a_run_is_stopped_and_resumed(kind, data, tmp_path):
+    command = [*TINY, "--data", str(data), "--ffn", kind]
+    whole = tmp_path / "whole"
+    assert train.main([*command, "--out-dir", str(whole)]) == 0
+    out = tmp_path / "stopped"
+    pid = in_child(run_slowly, [*command, "--out-dir", str(out)])
+    deadline = time.monotonic() + 60
+    while not (out / "log.jsonl").exists() or not (out / "log.jsonl").stat().st_size:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(pid, signal.SIGTERM)
+    assert exit_code(pid) == 130
+    assert train.main(["--resume", "--out-dir", str(out)]) == 0
+    check_same_run(out, whole)
+    losses = [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0] - 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, tolerance", [("peer", 1e-4), ("moe", 3e-2), ("hash", 1e-4)])
+def test_two_ranks_train_as_one(kind, tolerance, data, tmp_path):
+    """A mixture keeps the experts of each rank equally busy, so it is a little different."""
+    command = [*TINY, "--data", str(data), "--ffn", kind]
+    assert train.main([*command, "--out-dir", str(tmp_path / "one")]) == 0
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                    "--nproc_per_node=2", "train.py", *command, "--out-dir", tmp_path / "two"],
+                   cwd=Path(__file__).resolve().parents[1], check=True, capture_output=True)
+    one, two = (json.loads((tmp_path / name / "result.json").read_text())
+                for name in ("one", "two"))
+    assert abs(one["val_loss"] - two["val_loss"]) < tolerance * one["val_loss"]
+    assert one["params"] == two["params"]
+
+
+@pytest.mark.parametrize("kind", ["peer", "moe"])
+def test_a_table_that_cannot_be_cut_is_not(kind, data):
+    s = train.Settings(data=str(data), n_layer=2, n_embd=32, n_head=2, batch_size=16, ffn=kind,
+                       mem_layers=(1,), mem_n_keys=32)
+    train.fit_to_data(s, world=4)
+    assert train.slices(s, world=4) == 1
+    s.mem_parallel = 2
+    with pytest.raises(ValueError, match="--mem-parallel 2: ranks cannot share"):
+        train.fit_to_data(s, world=4)
+
+
+def test_experts_have_a_rate_of_their_own():
+    model = make("moe")
+    optimizers, others = train.make_optimizers(model, train.Settings(expert_lr=0.5))
+    assert len(optimizers) == 1
+    group = optimizers[0].param_groups[-1]
+    assert group["peak"] == 0.5 and group["weight_decay"] == 0.1
+    assert {id(p) for p in group["params"]} == {
+        id(p) for name, p in model.named_parameters() if "experts_" in name}
+    assert len(others) == len(list(model.parameters()))
