@@ -1166,14 +1166,15 @@ def ranks():
 
     Raises ValueError if the environment is not that of torchrun.
     """
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     way_out = "start several ranks with torchrun, or unset WORLD_SIZE, RANK and LOCAL_RANK"
     try:
-        rank, local_rank, world = (int(os.environ.get(name, name == "WORLD_SIZE"))
-                                   for name in names)
+        rank = int(os.environ.get("RANK", 0))
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        world = int(os.environ.get("WORLD_SIZE", 1))
     except ValueError:
         raise ValueError(f"WORLD_SIZE, RANK or LOCAL_RANK is not a number: {way_out}") from None
-    missing = [name for name in (*names, "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in os.environ]
     if world > 1 and missing:
         raise ValueError(f"WORLD_SIZE is {world}, but there is no {', '.join(missing)}: {way_out}")
     if not 0 <= rank < world:
