@@ -45,7 +45,7 @@ from kernel import gather, topk_sums  # noqa: E402
 
 # The model in small, to try this script.
 SMALL = ["--n-layer", "2", "--n-head", "2", "--n-embd", "16", "--mem-layers", "1",
-         "--mem-n-keys", "8", "--mem-topk", "4"]
+         "--mem-n-keys", "8", "--mem-topk", "4", "--moe-experts", "8", "--moe-topk", "1"]
 
 
 @dataclass

@@ -468,10 +468,11 @@ def one(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
     save = train.Trainer.save
 
-    def save_and_copy(trainer, step, seconds):
-        save(trainer, step, seconds)
+    def save_and_copy(trainer, step, *more):
+        problem = save(trainer, step, *more)
         if step == 6:
             shutil.copytree(folder / "whole", folder / "half")
+        return problem
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.Trainer, "save", save_and_copy)

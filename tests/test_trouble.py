@@ -246,7 +246,8 @@ def test_every_number_at_its_edges(script, here, capfd):
                 "--dropout", "--seed", "--mem-parallel"} <= works["0"]
         assert not works["-1"]
         # The first step of any learning rate is taken; the loss is nan after it.
-        assert works[str(2**64)] == {"--grad-clip", "--learning-rate", "--value-lr"}
+        assert works[str(2**64)] == {"--grad-clip", "--learning-rate", "--value-lr",
+                                      "--expert-lr"}
 
 
 def test_grad_clip_0_is_off(here):
