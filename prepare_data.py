@@ -45,6 +45,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import sys
 import tarfile
 import time
@@ -54,6 +55,10 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Ctrl-C during the imports, which take seconds, ends the process without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import requests
@@ -153,17 +158,17 @@ class Steady:
 
 def any_characters():
     """Let print() write a ? for a character that the terminal or a file lacks."""
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:  # it is None if it was closed before we began
-            stream.reconfigure(errors="replace")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed before we began
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        getattr(sys, name).reconfigure(errors="replace")
 
 
 def steady_output():
     """Make print() safe, whatever becomes of stdout and stderr: see Steady and any_characters."""
     any_characters()
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is not None:
-            setattr(sys, name, Steady(getattr(sys, name)))
+        setattr(sys, name, Steady(getattr(sys, name)))
 
 
 # What a broken file, or one of another program, can raise when it is read as JSON, as a vocabulary,
@@ -181,7 +186,7 @@ def reading(path, way_out):
     """
     try:
         yield
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(f"{error.filename or path} does not exist: {way_out}") from None
     except (OSError, *BROKEN, MemoryError) as error:
         why = first_line(error)
@@ -367,16 +372,21 @@ def read_meta(folder):
     with reading(path, how_to_make(folder)):
         meta = json.loads(path.read_text("utf-8"))
         for name, kind in META.items():
-            if not isinstance(meta[name], kind):
+            if name in meta.keys() | NEEDED and not isinstance(meta[name], kind):
                 raise TypeError(f"its {name} is {meta[name]!r}")
         for split in ("train", "val"):
-            meta["tokens"][split], meta["sha256"][f"{split}.bin"]  # KeyError if one is missing
+            meta["tokens"][split] + 0  # KeyError or TypeError if it is no number
+            meta["sha256"][f"{split}.bin"]
+        if "window" in meta:
+            meta["answers"]
     return meta
 
 
 def how_to_make(folder):
     """What to do about a file of a data folder, or of a run folder, that is missing or broken."""
     name = Path(folder).name
+    if Path(folder).is_file():
+        return f"{folder} is a file, give the folder that prepare_data.py makes of it"
     if (Path(folder) / "config.json").exists():
         return "copy it from the folder of the data that the run was trained on"
     source = name if name in ("facts", *SOURCES) else "SOURCE"
@@ -384,9 +394,10 @@ def how_to_make(folder):
             f"is there)")
 
 
-# What every meta.json holds, and of which type.
+# What a meta.json holds, of which type, and what of it every one holds.
 META = {"vocab_size": int, "eot": int, "tokenizer": str, "pattern": str, "tokens": dict,
-        "sha256": dict}
+        "sha256": dict, "window": int, "answers": int, "settings": dict}
+NEEDED = {"vocab_size", "eot", "tokenizer", "pattern", "tokens", "sha256"}
 
 
 def is_finished(out, settings, force):
@@ -394,7 +405,13 @@ def is_finished(out, settings, force):
 
     Raises ValueError if it was made with others: nobody's data is replaced without --force.
     """
-    if force or not (Path(out) / "meta.json").exists():
+    if force:
+        return False
+    if not (Path(out) / "meta.json").exists():
+        # Those of a process that was killed are there beside its temporary folder.
+        if (Path(out) / "train.bin").exists() and not (Path(out) / TEMPORARY).exists():
+            raise ValueError(f"{out} has a train.bin without meta.json, perhaps another program's: "
+                             f"choose another --out, or replace it with --force")
         return False
     made = read_meta(out).get("settings", {})
     differences = []
@@ -406,6 +423,9 @@ def is_finished(out, settings, force):
                          f"--out, or replace it with --force")
     print(f"{out} is finished, with these settings (--force makes it again)")
     return True
+
+
+TEMPORARY = ".unfinished"
 
 
 @contextlib.contextmanager
@@ -429,7 +449,7 @@ def making(out, settings, force):
 @contextlib.contextmanager
 def unfinished(out):
     """The temporary folder of making()."""
-    temporary = out / "unfinished"
+    temporary = out / TEMPORARY
     shutil.rmtree(temporary, ignore_errors=True)  # that of a process that was killed
     temporary.mkdir()
     try:
@@ -795,6 +815,9 @@ def characters(path):
                 text = decoder.decode(chunk, final=not chunk)
                 if at == 0:
                     text = text.removeprefix("\ufeff")  # the byte order mark that Windows writes
+                    if path.suffix != ".tar" and text.count("\0") > len(text) / 10:
+                        raise ValueError(f"{path} is full of NUL bytes, so it is not UTF-8: "
+                                         f"convert it, for example with iconv -f UTF-16LE -t UTF-8")
                 yield line_ends.decode(text, final=not chunk)
                 at += len(chunk)
                 progress.show(raw.tell())
@@ -1042,6 +1065,8 @@ class HubSession(requests.Session):
 def add_token(request):
     """Put HF_TOKEN, if there is one, into a request to the hub."""
     token = os.environ.get("HF_TOKEN", "").strip()
+    if not (token.isascii() and token.isprintable()):
+        raise ValueError("HF_TOKEN has characters that no token has: set it anew, or unset it")
     if token:
         request.headers["Authorization"] = f"Bearer {token}"
     return request
@@ -1110,7 +1135,13 @@ def fetch_rest(session, url, part, size, way_out):
         if size and total != size:
             raise ValueError(f"{url} is {total} bytes long, {size} were expected: --no-verify "
                              f"takes it as it is, else {way_out}")
-        save_body(reply, part, have, total)
+        try:
+            save_body(reply, part, have, total)
+        except BrokenOff:
+            # What came without its length may be another page, such as a network's login.
+            if not length.isdigit():
+                part.unlink(missing_ok=True)
+            raise
 
 
 def ask(session, url, have, way_out):
@@ -1319,8 +1350,8 @@ def check_source(source, local, from_file, small, full):
 
 def check_text_numbers(vocab_size, separator, val_fraction, workers):
     """Raise ValueError for numbers and separators that cannot work."""
-    if not 0 < val_fraction <= 0.5:  # nan fails, too
-        raise ValueError(f"--val-fraction {val_fraction}: must be above 0 and at most 0.5")
+    if not 1e-9 <= val_fraction <= 0.5:  # nan fails, too
+        raise ValueError(f"--val-fraction {val_fraction}: must be from 1e-9 to 0.5")
     if not 258 <= vocab_size <= 65536:
         raise ValueError(f"--vocab-size {vocab_size}: must be from 258 (bytes, a word, eot) to "
                          f"65536 (uint16)")
@@ -1464,9 +1495,13 @@ def main(argv=None):
     except KeyboardInterrupt:
         message = "stopped; run the same command again (a download goes on where it was)"
     except OSError as error:
-        message = f"{error.filename or 'cannot go on'}: {error.strerror or error}"
-        if error.errno == errno.ENOSPC:
-            message += ": make room, or give --out or --downloads on another disk"
+        message = (f"{error.filename or 'cannot go on'}: {error.strerror or error}: see to its "
+                   f"permissions, or give another --out or --downloads")
+        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            message = (f"{error.filename or 'cannot go on'}: {error.strerror}: make room, or give "
+                       f"--out or --downloads on another disk")
+    except MemoryError:
+        message = "out of memory: make less at a time, or use a machine with more"
     except ValueError as error:
         message = str(error)
     print("prepare_data.py: " + " ".join(message.split()), file=sys.stderr)
@@ -1474,5 +1509,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     steady_output()
     sys.exit(main())

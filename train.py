@@ -39,6 +39,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Ctrl-C during the imports, which take seconds, ends the process without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -131,11 +135,11 @@ LIMITS = {
     "max_steps": (1, MANY), "batch_size": (1, 2**24), "micro_batch_size": (0, 2**24),
     "log_every": (1, MANY), "eval_every": (1, MANY), "eval_windows": (1, MANY),
     "warmup_steps": (0, MANY), "seed": (0, 2**63 - 1), "mem_parallel": (0, MANY),
-    "beta1": (0, 1 - 1e-9), "beta2": (0, 1 - 1e-9), "learning_rate": (1e-30, math.inf),
-    "value_lr": (1e-30, math.inf), "grad_clip": (0, math.inf), "weight_decay": (0, 1e9),
+    "beta1": (0, 1 - 1e-9), "beta2": (0, 1 - 1e-9), "learning_rate": (1e-30, 1e38),
+    "value_lr": (1e-30, 1e38), "grad_clip": (0, math.inf), "weight_decay": (0, 1e9),
     "vocab_size": (0, 2**16), "block_size": (0, 2**20), "n_layer": (1, 1000),
     "n_head": (1, 1000), "n_embd": (1, 2**16), "mem_heads": (1, 1000),
-    "mem_key_dim": (0, 2**16), "mem_value_dim": (0, 2**16), "expert_lr": (1e-30, math.inf),
+    "mem_key_dim": (0, 2**16), "mem_value_dim": (0, 2**16), "expert_lr": (1e-30, 1e38),
     "moe_experts": (0, 2**16), "moe_topk": (0, 2**16), "moe_balance": (0, 1e9),
 }
 
@@ -147,7 +151,10 @@ def flag(name):
 
 def block_numbers(text):
     """2,4,6 -> (2, 4, 6)"""
-    return tuple(int(number) for number in text.split(","))
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of blocks such as 2,4,6") from None
 
 
 def make_parser():
@@ -195,6 +202,11 @@ def read_settings(argv):
     runs = given.pop("compare")
     if preset not in PRESETS:
         parser.error(f"preset {preset!r} is unknown: choose one of {', '.join(PRESETS)}")
+    for name in ("data", "out_dir", "init_from"):
+        try:
+            given.get(name, "").encode("utf-8")
+        except UnicodeEncodeError:
+            parser.error(f"{flag(name)} {given[name]!a} is not UTF-8: rename the folder")
     s = preset_settings(preset, inherited(given, resume) | given)
     if not s.out_dir:
         s.out_dir = f"out/{preset}-{s.ffn}-{s.seed}"
@@ -239,7 +251,8 @@ def resumed_settings(s, preset, given):
             raise ValueError(f"{flag(name)} {given[name]} is not the run's {getattr(old, name)}: a "
                              f"resumed run keeps its settings, start another one, perhaps from its "
                              f"weights, with --init-from {out} --out-dir out/NAME")
-    return old, config.get("preset", preset)
+    saved_preset = config.get("preset")  # a run of an older version has none
+    return old, saved_preset if saved_preset in list(PRESETS) else preset
 
 
 def read_config(folder):
@@ -257,6 +270,8 @@ def read_config(folder):
             fits = isinstance(value, (int, float) if kinds[name] is float else kinds[name])
             if not fits and not (name == "compile" and value is None):
                 raise TypeError(f"the setting {name} is {value!r}")
+        if not all(isinstance(layer, int) for layer in saved["mem_layers"]):
+            raise TypeError(f"the setting mem_layers is {saved['mem_layers']}")
     return config
 
 
@@ -275,7 +290,7 @@ def fit_to_data(s, world):
                          f"raise it or leave it out")
     if window and s.block_size != window:
         raise ValueError(f"--block-size {s.block_size} is not {s.data}'s window of {window} "
-                         f"tokens, one fact each: leave it out")
+                         f"tokens, one fact each: give --block-size {window}")
     check_ranks(s, world)
     s.check()
     return meta
@@ -330,11 +345,15 @@ def write_whole(path, write):
     try:
         write(part)
         os.replace(part, path)
-    except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError when the disk is full
+    except (OSError, RuntimeError) as e:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
-        raise ValueError(f"cannot write {path} ({first_line(e)}): free some space or see to the "
-                         f"folder's permissions; what was saved before is still there") from None
+        # torch.save raises a RuntimeError of its own while it handles the OSError of a full disk.
+        cause = e
+        if isinstance(e.__context__, OSError):
+            cause = e.__context__
+        raise ValueError(f"cannot write {path} ({first_line(cause)}): free some space or see to "
+                         f"the permissions; what was saved before is still there") from None
 
 
 def write_text(path, text):
@@ -367,6 +386,9 @@ class Loader:
             if hashlib.sha256(self.tokens).hexdigest() != meta["sha256"][f"{split}.bin"]:
                 raise ValueError(f"{path} is not the file that meta.json describes (its sha256 "
                                  f"differs): {way_out}")
+            if len(self.tokens) and self.tokens.max() >= meta["vocab_size"]:
+                raise ValueError(f"{path} has the token {self.tokens.max()}, but meta.json says "
+                                 f"that there are {meta['vocab_size']}: {way_out}")
         self.T = s.block_size
         self.seed = s.seed
         self.batch_size = s.batch_size
@@ -756,6 +778,7 @@ def save_checkpoint(folder, model, optimizers, step, seconds, settings, line=Non
     if rank < len(names):
         problem = try_to_save(tables, folder / names[rank])
     if somebodys(problem):
+        remove_slices(folder, names, rank)
         return problem or OTHER_RANK
     if rank == 0:
         state = dict(optimizer=optimizers[0].state_dict(), slices=names, step=step,
@@ -770,7 +793,17 @@ def save_checkpoint(folder, model, optimizers, step, seconds, settings, line=Non
                 if old.name not in names:
                     old.unlink()
     # Nobody goes on, or leaves, while another still writes.
-    return (problem or OTHER_RANK) if somebodys(problem) else None
+    if somebodys(problem):
+        remove_slices(folder, names, rank)
+        return problem or OTHER_RANK
+    return None
+
+
+def remove_slices(folder, names, rank):
+    """Take away this rank's slice of a checkpoint that could not be written: it fills the disk."""
+    if rank < len(names):
+        with contextlib.suppress(OSError):
+            (folder / names[rank]).unlink(missing_ok=True)
 
 
 OTHER_RANK = "another rank could not write its part of the checkpoint"
@@ -855,8 +888,8 @@ def own_folder(s, rank, resume):
         out.mkdir(parents=True, exist_ok=True)
         (out / ".lock").touch()
     except OSError as e:
-        raise ValueError(f"cannot write in {out} ({first_line(e)}): "
-                         f"choose another --out-dir") from None
+        raise ValueError(f"cannot write in {out} ({first_line(e)}): choose another --out-dir; to "
+                         f"go on with a run that can only be read, copy it first") from None
     with prepare_data.locked(out / ".lock", 10 if resume else 0,
                              f"another run is writing to {out}: wait for its end, or start this "
                              f"one with --out-dir out/NAME"):
@@ -873,9 +906,6 @@ def prepare_folder(s, preset, step, hardware):
         if (Path(s.data) / name).exists():
             # The content alone: the original may be read-only, and its copy must not be.
             write_whole(out / name, lambda part: shutil.copyfile(Path(s.data) / name, part))
-    if step == 0:
-        for name in ("result.json", "curves.png"):  # of a run whose checkpoint was deleted
-            (out / name).unlink(missing_ok=True)
     lines = logged_lines(out) if step else []
     write_text(out / "log.jsonl",
                "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))
@@ -889,11 +919,11 @@ def prepare_folder(s, preset, step, hardware):
 def logged_lines(out):
     """The lines of log.jsonl. One that was cut off is left out."""
     lines = []
-    if (out / "log.jsonl").exists():
+    if (out / "log.jsonl").is_file():
         for text in (out / "log.jsonl").read_text("utf-8", "replace").splitlines():
             with contextlib.suppress(ValueError):
                 line = json.loads(text)
-                if isinstance(line, dict) and "step" in line:
+                if isinstance(line, dict) and isinstance(line.get("step"), int):
                     lines.append(line)
     return lines
 
@@ -993,10 +1023,14 @@ def read_run(folder):
     with reading(folder / "log.jsonl", way_out):
         text = (folder / "log.jsonl").read_text("utf-8")
         log = [json.loads(line) for line in text.splitlines()]
-        for key in ("tokens", "seconds", "flops_per_token", "val_loss"):
-            result[key]  # KeyError if this is no result of ours
         if not any("val_loss" in line for line in log):
             raise ValueError("it has no evaluation")
+        for line in log:
+            for key in ("tokens", "seconds"):
+                line[key] + 0  # KeyError or TypeError if this is no log of ours
+    with reading(folder / "result.json", way_out):
+        for key in ("tokens", "seconds", "flops_per_token", "val_loss"):
+            result[key] + 0
     differ = {"seed", "out_dir", *MAY_CHANGE}
     same = {name: value for name, value in settings.items() if name not in differ}
     kind = json.dumps([same, corpus])
@@ -1059,7 +1093,7 @@ def try_to_draw(folders, path):
     """draw() -> None, or what went wrong. A picture is not worth a run."""
     try:
         draw(folders, path)
-    except Exception as e:  # there is no end to what a broken matplotlib can raise
+    except (Exception, SystemExit) as e:  # no end to what a broken matplotlib can raise
         return f"no picture {path} ({first_line(e)})"
 
 
@@ -1131,7 +1165,8 @@ def compare(folders, out=""):
     picture.parent.mkdir(parents=True, exist_ok=True)
     problem = try_to_draw(folders, picture)
     if problem:
-        raise ValueError(f"{problem}; --out-dir names another folder for it")
+        raise ValueError(f"{problem}; the table above is complete, and --out-dir names another "
+                         f"folder for the picture, if that is the trouble")
     print(f"drawn: {picture}")
 
 
@@ -1228,12 +1263,15 @@ def check_room(s, device, world):
         values = tables * s.mem_n_keys**2 * s.value_dim() / slices(s, world)
     # The large matrices: embedding, four of attention, eight times as many numbers in an MLP.
     matrices = s.vocab_size * s.n_embd + (4 * s.n_layer + 8 * mlps) * s.n_embd**2
+    # The logits of a forward pass and their gradient, in float32.
+    micro = s.micro_batch_size or s.batch_size // world
+    logits = 2 * 4 * micro * s.block_size * s.vocab_size
     # A parameter with its gradient and two moments. See TableAdamW for tables.
-    needed = 16 * matrices + (10 if s.mem_dtype == "bfloat16" else 16) * values
+    needed = logits + 16 * matrices + (10 if s.mem_dtype == "bfloat16" else 16) * values
     if needed > room:
         raise ValueError(f"the model takes {needed / 1e9:.0f} GB to train, and there are "
-                         f"{room / 1e9:.0f} GB: lower --mem-n-keys, --n-embd or --n-layer, or "
-                         f"share the table among more ranks")
+                         f"{room / 1e9:.0f} GB: lower --mem-n-keys, --n-embd, --n-layer or "
+                         f"--micro-batch-size, or share the table among more ranks")
 
 
 def has_bfloat16():
@@ -1307,6 +1345,9 @@ class StopRequest:
         now = time.monotonic()
         if self.time is None:
             self.time = now
+            # A signal may come while print() is at work, so this must not be another print().
+            with contextlib.suppress(OSError):
+                os.write(2, b"stopping after this step; a second signal stops at once\n")
         elif now > self.time + 3:
             os._exit(130)
 
@@ -1410,7 +1451,8 @@ class Trainer:
         theirs = prepare_data.load_tokenizer(s.init_from)
         if theirs.tokens != prepare_data.load_tokenizer(s.data).tokens:
             raise ValueError(f"--init-from {s.init_from}: it was trained on other tokens than "
-                             f"{s.data} has: prepare the text with its tokenizer")
+                             f"{s.data} has: only those of --tokenizer gpt2 and bytes are the same "
+                             f"for every text, prepare both texts with one of these")
         return model
 
     def load(self, meta, mesh):
@@ -1418,6 +1460,10 @@ class Trainer:
         s = self.s
         out = Path(s.out_dir)
         self.model, state = load_checkpoint(out, self.device, mesh)
+        for name, value in state["settings"].items():
+            if name not in MAY_CHANGE | {"out_dir"} and getattr(s, name, value) != value:
+                raise ValueError(f"{out}/config.json says {name} {getattr(s, name)}, and ckpt.pt "
+                                 f"says {value}: one of them is another run's, put it back")
         if prepare_data.read_meta(out)["sha256"] != meta["sha256"]:
             raise ValueError(f"{s.data} is not the data that {out} was trained on: "
                              f"point --data at that")
@@ -1522,13 +1568,14 @@ def train(s, preset, resume):
     """A whole run -> its exit status: 0, or 130 if it was asked to stop and has saved."""
     rank, local_rank, world = ranks()
     out = Path(s.out_dir)
+    is_finished = (out / "result.json").is_file()
     has_checkpoint = (out / "ckpt.pt").exists()
-    if resume and has_checkpoint and (out / "result.json").exists():
+    if resume and is_finished:
         if rank == 0:
             print(f"{out} has finished its {s.max_steps} steps. To go on from its weights, start "
                   f"another run: --init-from {out} --out-dir out/NAME")
         return 0
-    if rank == 0 and has_checkpoint and not resume:
+    if rank == 0 and (has_checkpoint or is_finished) and not resume:
         raise ValueError(f"{out} holds a run already: go on with it by --resume, or start another "
                          f"with --out-dir out/NAME")
     device = choose_device(s, local_rank, world)
@@ -1536,6 +1583,9 @@ def train(s, preset, resume):
     if rank == 0:
         make_missing_data(s, preset)
     somebodys(None)  # all wait for the data
+    if resume and has_checkpoint and not Path(s.data).is_dir():
+        raise ValueError(f"{s.data}, the data of {out}, is not there any more: if it was moved, "
+                         f"give its folder with --data")
     meta = fit_to_data(s, world)
     facts = read_facts(s.data) if "window" in meta else None
     with own_folder(s, rank, resume):
@@ -1672,7 +1722,8 @@ class Run:
         again. line: the numbers of the last step.
         """
         s = self.s
-        is_saved = self.save(s.max_steps, line=line)
+        was_saved = self.trainer.first_step == s.max_steps
+        is_saved = was_saved or self.save(s.max_steps, line=line)
         known = self.evaluate(line, count=None)
         if self.is_first_rank:
             self.log.add(line)

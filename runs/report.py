@@ -15,6 +15,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from prepare_data import reading, steady_output
+
 FACTS = ROOT / "assets" / "facts.json"
 OUT = ROOT / "out"
 
@@ -69,7 +72,10 @@ TRIED = {
 
 def load():
     """assets/facts.json: name of a run -> its result."""
-    return json.loads(FACTS.read_text("utf-8"))
+    with reading(FACTS, "take it from the repository again"):
+        runs = json.loads(FACTS.read_text("utf-8"))
+        runs.items()  # AttributeError if it is no dict
+    return runs
 
 
 def collect(out=OUT):
@@ -77,13 +83,17 @@ def collect(out=OUT):
     runs = load()
     names = []
     for path in sorted(out.glob("*/result.json")):
-        result = json.loads(path.read_text("utf-8"))
-        settings = json.loads((path.parent / "config.json").read_text("utf-8"))["settings"]
-        for key in ("vocab_size", "block_size", "max_steps"):
-            result[key] = settings[key]
+        with reading(path.parent, "move this folder out of out/"):
+            result = json.loads(path.read_text("utf-8"))
+            settings = json.loads((path.parent / "config.json").read_text("utf-8"))["settings"]
+            for key in ("vocab_size", "block_size", "max_steps"):
+                result[key] = settings[key]
+            result["recall"]  # KeyError if this is no result on the facts
         runs[path.parent.name] = result
         names.append(path.parent.name)
-    FACTS.write_text(json.dumps(runs, indent=1) + "\n", "utf-8")
+    part = FACTS.with_suffix(".part")  # renamed when it is whole, so that a full disk harms nothing
+    part.write_text(json.dumps(runs, indent=1) + "\n", "utf-8")
+    part.replace(FACTS)
     return names
 
 
@@ -353,5 +363,8 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a terminal may lack ± and ·
-    main()
+    steady_output()
+    try:
+        main()
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit("report.py: " + " ".join(str(error).split()))

@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import kernel
 from kernel import gather, gather_reference, topk_sums, topk_sums_brute_force, topk_sums_reference
-from prepare_data import any_characters
+from prepare_data import steady_output
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -458,6 +458,8 @@ def main():
                         help="draw bandwidth over the value dim and the slots to assets/kernel.png")
     parser.add_argument("--seconds", type=float, default=0.5, help="for each row of the table")
     args = parser.parse_args()
+    if not 0 <= args.seconds < 3600:
+        sys.exit(f"bench_kernel.py: --seconds {args.seconds} is not from 0 to 3600")
 
     from train import keep_freed_memory
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -482,5 +484,8 @@ def main():
 
 
 if __name__ == "__main__":
-    any_characters()
-    main()
+    steady_output()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -35,12 +35,12 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import bench_kernel  # noqa: E402
-import kernel  # noqa: E402
-import prepare_data  # noqa: E402
-import time_steps  # noqa: E402
-import train  # noqa: E402
-from kernel import gather, topk_sums  # noqa: E402
+import bench_kernel
+import kernel
+import prepare_data
+import time_steps
+import train
+from kernel import gather, topk_sums
 
 
 # The model in small, to try this script.
@@ -518,6 +518,9 @@ def run_step(name, seconds, out, small):
         except subprocess.TimeoutExpired:
             code = 0
             status = f"stopped after its {seconds:.0f} s"
+        except KeyboardInterrupt:
+            code = 0
+            status = STOPPED
         finally:
             stop_group(process)
     if code:
@@ -529,6 +532,9 @@ def run_step(name, seconds, out, small):
                 rows.append(json.loads(line))
         rows_file(out, name).unlink()
     return dict(status=status, seconds=time.perf_counter() - begin, rows=rows)
+
+
+STOPPED = "stopped by a signal"
 
 
 def stop_group(process):
@@ -543,7 +549,10 @@ def stop_group(process):
 
 
 def measure(names, minutes, out, small):
-    """Run these steps, one after the other, and write results.json and report.md after each."""
+    """Run these steps, one after the other, and write results.json and report.md after each.
+
+    Returns all results.
+    """
     out.mkdir(parents=True, exist_ok=True)
     results = load(out / "results.json")
     end = time.perf_counter() + 60 * minutes
@@ -555,7 +564,10 @@ def measure(names, minutes, out, small):
         train.write_text(out / "report.md", report(results))
         print(f"{name:30s}{results[name]['seconds']:6.0f} s   {results[name]['status']}",
               flush=True)
+        if results[name]["status"] == STOPPED:
+            break
     shutil.rmtree(out / "scratch", ignore_errors=True)
+    return results
 
 
 # --------------------------------------------------------------------------------------------------
@@ -568,7 +580,10 @@ def load(path):
     """A results.json -> what measure() had written; {} where there is none."""
     if not path.exists():
         return {}
-    return train.read_json(path, "delete it, or give another file")
+    with train.reading(path, "delete it, or give another file"):
+        results = json.loads(path.read_text("utf-8"))
+        report(results)  # fails if these are other results
+    return results
 
 
 def rows_of(results, step, **wanted):
@@ -788,8 +803,21 @@ def make_parser():
     return parser
 
 
+def stop(number, frame):
+    """A signal is as Ctrl-C."""
+    raise KeyboardInterrupt
+
+
 def main(argv=None):
-    args = make_parser().parse_args(argv)
+    """The command line -> the exit status. What the user can mend is one line on stderr."""
+    try:
+        return run_all(make_parser().parse_args(argv))
+    except (ValueError, OSError) as error:
+        print("measure_gpu.py: " + " ".join(str(error).split()), file=sys.stderr)
+        return 1
+
+
+def run_all(args):
     if args.report:
         print(report(load(args.report)), end="")
         return 0
@@ -805,11 +833,13 @@ def main(argv=None):
     elif not (args.small or torch.cuda.is_available()):
         problem = "there is no CUDA GPU to measure: --small tries this script on the CPU"
     if problem:
-        print(f"measure_gpu.py: {problem}", file=sys.stderr)
-        return 1
-    measure(names, args.minutes, args.out.resolve(), args.small)
-    print(f"\n{(args.out / 'report.md').read_text('utf-8')}\nwritten: {args.out / 'report.md'}")
-    return 0
+        raise ValueError(problem)
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):  # Windows lacks one
+            signal.signal(getattr(signal, name), stop)
+    results = measure(names, args.minutes, args.out.resolve(), args.small)
+    print(f"\n{report(results)}\nwritten: {args.out / 'report.md'}")
+    return 130 if STOPPED in {step["status"] for step in results.values()} else 0
 
 
 if __name__ == "__main__":

@@ -62,7 +62,8 @@ def test_training_of_every_kind(tmp_path):
         row, = run_here(f"training {kind}", tmp_path)
         assert row["kind"] == kind
         assert row["ms"] > 0
-        assert (row["params"]["values"] > 0) == (kind != "dense")
+        memory = row["params"]["values"] + row["params"].get("experts", 0)
+        assert (memory > 0) == (kind != "dense")
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-import prepare_data as pd  # noqa: E402 (only now it can be found)
+import prepare_data as pd
 
 # Real text and the gpt2 vocabulary. They are not part of the repository, and tests that need them
 # are skipped without them.
@@ -840,15 +840,15 @@ def test_killed():
     command = [sys.executable, str(ROOT / "prepare_data.py")]
     command += "facts --documents 90000000 --out f".split()
     process = subprocess.Popen(command)
-    while not Path("f/unfinished/train.bin").exists() and process.poll() is None:
+    while not Path("f/.unfinished/train.bin").exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert sorted(path.name for path in Path("f").iterdir()) == [".lock", "unfinished"]
+    assert sorted(path.name for path in Path("f").iterdir()) == [".lock", ".unfinished"]
     with pytest.raises(ValueError, match="meta.json does not exist"):
         pd.load_tokenizer("f")
     main("facts --documents 50 --out f")
-    assert not Path("f/unfinished").exists()
+    assert not Path("f/.unfinished").exists()
     assert pd.load_tokenizer("f").vocab_size > 257
 
 
@@ -915,8 +915,8 @@ BAD = {
     "latin.txt": "byte 1070003",
     "cut.txt.gz": "damaged",
     "text.txt --people 5": "not for text.txt",
-    "text.txt --val-fraction 0": "above 0",
-    "text.txt --val-fraction nan": "above 0",
+    "text.txt --val-fraction 0": "from 1e-9",
+    "text.txt --val-fraction nan": "from 1e-9",
     "text.txt --workers -1": "at least 0",
     "text.txt --vocab-size 9": "258",
     "text.txt --tokenizer sp": "invalid choice",

@@ -12,8 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "runs"))
-import report  # noqa: E402
-import train  # noqa: E402
+import report
+import train
 
 RUNS = report.load()
 RESULTS = (ROOT / "docs" / "results.md").read_text("utf-8")
@@ -242,6 +242,19 @@ def test_two_ranks_launches_two_processes(script):
     for words in script("two_ranks.sh"):
         assert words[:2] == ["-m", "torch.distributed.run"]
         assert "--nproc_per_node=2" in words
+
+
+@pytest.mark.parametrize("content", ["{}", "x", "[]"])
+def test_report_refuses_what_is_no_result(content, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "FACTS", tmp_path / "facts.json")
+    (tmp_path / "facts.json").write_text("{}")
+    folder = tmp_path / "out" / "odd"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"settings": {}}')
+    (folder / "result.json").write_text(content)
+    with pytest.raises(ValueError, match="odd is broken, .*move this folder out of out/"):
+        report.collect(tmp_path / "out")
+    assert (tmp_path / "facts.json").read_text() == "{}"
 
 
 def test_report_collects(tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ import train
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "runs"))
-import report  # noqa: E402
+import report
 
 RESULTS = (ROOT / "docs" / "results.md").read_text("utf-8")
 # Script: how many runs it makes.

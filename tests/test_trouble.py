@@ -119,7 +119,22 @@ def no_step():
     """Nothing happens before the command."""
 
 
+def unfinished():
+    """A step before the command: the run has its end left to do."""
+    Path("out/run/result.json").unlink()
+
+
+def meta(**changes):
+    """A step before the command: the data's meta.json has other entries."""
+    def step():
+        path = Path("data/facts/meta.json")
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return step
+
+
 RESUME = "train.py --resume --out-dir out/run"
+NOT_FINISHED = RESUME + " --log-every 5"
+TEXT = "prepare_data.py my.txt --tokenizer bytes"
 INIT = TINY_TRAIN + " --out-dir out/new --init-from out/run"
 HUGGING_FACE = '{"architectures": ["GPT2LMHeadModel"], "n_embd": 768}'
 # What happened before, the command, words of the answer.
@@ -144,11 +159,25 @@ TABLE = [
     (drop_last_line("out/run/tokenizer.tiktoken"), "sample.py out/run", "tokenizer.tiktoken is br"),
     (cut("out/run/ckpt.pt"), "sample.py out/run", "ckpt.pt is broken"),
     (write("out/run/ckpt.pt", "<html>"), "sample.py out/run", "ckpt.pt is broken"),
-    (write("out/run/result.json", "{}"), "train.py --compare out/run", "log.jsonl is broken"),
+    (write("out/run/result.json", "{}"), "train.py --compare out/run", "result.json is broken"),
     (cut("out/run/log.jsonl"), "train.py --compare out/run", "log.jsonl is broken"),
     (no_step, "train.py --compare data/facts", "result.json does not exist"),
     (no_step, "sample.py data/facts", "ckpt.pt does not exist"),
     (write("data/t/meta.json", "{}"), "prepare_data.py my.txt --out data/t", "meta.json is broken"),
+    (setting(n_embd=64), NOT_FINISHED, "config.json says n_embd 64, and ckpt.pt says 32"),
+    (setting(max_steps=2), NOT_FINISHED, "config.json says max_steps 2, and ckpt.pt says 40"),
+    (setting(mem_layers=["x"]), RESUME, "the setting mem_layers is"),
+    (meta(window="x"), TINY_TRAIN, "its window is 'x'"),
+    (meta(answers="x"), TINY_TRAIN, "its answers is 'x'"),
+    (meta(vocab_size=70), TINY_TRAIN + " --out-dir out/new", "has the token"),
+    (meta(tokens=dict(train="x", val=1)), TINY_TRAIN, "meta.json is broken"),
+    (meta(settings=None), "prepare_data.py facts --out data/facts", "its settings is None"),
+    # A file for a folder, data that has gone, another program's data
+    (no_step, TINY_TRAIN.replace("data/facts", "my.txt"), "my.txt is a file"),
+    (no_step, INIT.replace("out/run", "out/run/ckpt.pt"), "give the folder of a run"),
+    (unfinished, RESUME + " --data data/gone", "if it was moved, give its folder with --data"),
+    (write("ng/train.bin", "ab"), "prepare_data.py my.txt --tokenizer bytes --out ng", "--force"),
+    (lambda: Path("out/run/ckpt.pt").unlink(), TINY_TRAIN + " --out-dir out/run", "holds a run al"),
     # Starting from another run's weights
     (no_step, INIT + " --n-embd 64", "--n-embd 64 is not the 32 of --init-from out/run"),
     (no_step, INIT.replace("out/run", "out/nosuch"), "out/nosuch/config.json does not exist"),
@@ -161,6 +190,7 @@ TABLE = [
     (no_step, "prepare_data.py nosuch.txt", "no such file"),
     (write("empty/a.md", "x"), "prepare_data.py empty", "there is no .txt file in this folder"),
     (write("my.txt", b"\xff\xfe1\x002\x00"), "prepare_data.py my.txt --tokenizer bytes", "UTF-8"),
+    (write("my.txt", "one two".encode("utf-16-le") * 99), TEXT, "iconv"),
     (write("my.txt", "  \n"), "prepare_data.py my.txt --tokenizer bytes", "more text is needed"),
     # The preset's folder holds something else
     (lambda: prepare_data.make_text("my.txt", out="data/facts", tokenizer="bytes", force=True),
@@ -171,6 +201,8 @@ TABLE = [
 @pytest.mark.parametrize("before, command, words", TABLE)
 def test_one_line(before, command, words, here, capfd):
     (here / "facts.txt").write_text("text")
+    if command in (RESUME, NOT_FINISHED):
+        unfinished()
     before()
     assert words in refusal(command, capfd)
 
@@ -446,6 +478,50 @@ def test_a_checkpoint_that_cannot_be_written_does_not_end_a_run(here, monkeypatc
     assert call(TINY_TRAIN + " --out-dir out/new") == 0
     assert capfd.readouterr().err.count("The run goes on, and will try again later") == 2
     check_weights("out/new", "out/run")
+
+
+def test_a_full_disk_keeps_no_slices_that_nobody_needs(here, monkeypatch):
+    """Over ranks each failed checkpoint would leave its slices and fill the disk further."""
+    names = ["ckpt-7-0of1.pt"]
+    Path(names[0]).write_text("half")
+    train.remove_slices(Path("."), names, rank=0)
+    train.remove_slices(Path("."), names, rank=1)  # this rank has none
+    assert not Path(names[0]).exists()
+
+
+def test_a_full_disk_is_named(here):
+    """torch.save raises an error of its own, which does not say why."""
+    def write(part):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        finally:
+            raise RuntimeError("unexpected pos 704 vs 598")
+    with pytest.raises(ValueError, match="OSError: No space left on device"):
+        train.write_whole(here / "x", write)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_ctrl_c_while_torch_is_imported(script):
+    process = subprocess.Popen([sys.executable, ROOT / script, "--help"], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE)
+    time.sleep(0.25)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate()
+    assert b"Traceback" not in error
+    assert process.returncode in (0, -signal.SIGINT)
+
+
+def test_output_that_was_closed(here):
+    """`>&-`: Python has no sys.stdout then."""
+    def closed(argv):
+        sys.stdout = None
+        sys.stderr = None
+        prepare_data.steady_output()
+        return prepare_data.main(argv)
+    pid = in_child(closed, ["my.txt", "--tokenizer", "bytes", "--out", "data/x"])
+    assert exit_code(pid) == 0
+    assert Path("data/x/meta.json").exists()
 
 
 # --------------------------------------------------------------------------------------------------

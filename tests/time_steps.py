@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import train  # noqa: E402
+import train
 
 KINDS = {
     "dense": ["--ffn", "dense"],
@@ -81,5 +81,7 @@ if __name__ == "__main__":
     train.prepare_data.steady_output()
     try:
         main(sys.argv[1:])
-    except ValueError as e:
+    except (ValueError, OSError) as e:
         sys.exit(f"time_steps.py: {e}")
+    except KeyboardInterrupt:
+        sys.exit(130)
