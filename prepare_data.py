@@ -191,8 +191,8 @@ def reading(path, way_out):
     except (OSError, *BROKEN, MemoryError) as error:
         why = first_line(error)
         if is_out_of_memory(error):
-            problem = f"{path}: too little memory to read it ({why}): close other programs, or use"\
-                      f" a machine with more"
+            problem = (f"{path}: too little memory to read it ({why}): close other programs, or "
+                       f"use a machine with more")
         elif isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             problem = f"{path} cannot be read ({why}): see to its permissions and its disk"
         else:

@@ -906,9 +906,12 @@ def prepare_folder(s, preset, step, hardware):
         if (Path(s.data) / name).exists():
             # The content alone: the original may be read-only, and its copy must not be.
             write_whole(out / name, lambda part: shutil.copyfile(Path(s.data) / name, part))
-    lines = logged_lines(out) if step else []
-    write_text(out / "log.jsonl",
-               "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))
+    kept = []
+    for line in logged_lines(out) if step else []:
+        # The last step is logged at the very end: a run with its end left to do does it again.
+        if line["step"] <= step and line["step"] < s.max_steps:
+            kept.append(json.dumps(line) + "\n")
+    write_text(out / "log.jsonl", "".join(kept))
     versions = dict(python=platform.python_version(), torch=torch.__version__,
                     numpy=np.__version__)
     write_json(out / "config.json", dict(

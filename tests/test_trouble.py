@@ -372,9 +372,12 @@ def test_the_weights_come_first(fails, here, monkeypatch, capfd):
     assert call(command + " --resume") == 0
     result = json.loads(Path("out/new/result.json").read_text())
     right = json.loads(Path("out/run/result.json").read_text())
-    for name in ("val_loss", "recall", "bits_stored", "tokens"):
+    for name in ("val_loss", "recall", "bits_stored", "tokens", "memory_kl"):
         assert result[name] == right[name]
     check_weights("out/new", "out/run")
+    steps = [line["step"] for line in logged(Path("out/new"))]
+    assert steps == sorted(set(steps)) and steps[-1] == 40
+    assert logged(Path("out/new"))[-1] == logged(Path("out/run"))[-1]
 
 
 def check_weights(one, other):
