@@ -136,6 +136,8 @@ class Steady:
     def write(self, text):
         try:
             return self.stream.write(text)
+        except BlockingIOError:  # the reader is slow: this text is lost, not the next one
+            return len(text)
         except OSError:
             self.give_up()
             return len(text)
@@ -161,7 +163,8 @@ def any_characters():
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # it was closed before we began
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
-        getattr(sys, name).reconfigure(errors="replace")
+        if hasattr(getattr(sys, name), "reconfigure"):  # a notebook's stream has it not
+            getattr(sys, name).reconfigure(errors="replace")
 
 
 def steady_output():
@@ -194,7 +197,7 @@ def reading(path, way_out):
             problem = (f"{path}: too little memory to read it ({why}): close other programs, or "
                        f"use a machine with more")
         elif isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
-            problem = f"{path} cannot be read ({why}): see to its permissions and its disk"
+            problem = f"{path} cannot be read ({why}): check its permissions and its disk"
         else:
             problem = f"{path} is broken, or another program's ({why}): {way_out}"
         raise ValueError(problem) from None
@@ -205,7 +208,8 @@ def is_out_of_memory(error):
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     words = str(error).lower()
-    return isinstance(error, MemoryError) or "allocate memory" in words or "out of memory" in words
+    signs = ("allocate memory", "out of memory", "alloc_failed")
+    return isinstance(error, MemoryError) or any(sign in words for sign in signs)
 
 
 def first_line(error):
@@ -452,6 +456,7 @@ def unfinished(out):
     temporary = out / TEMPORARY
     shutil.rmtree(temporary, ignore_errors=True)  # that of a process that was killed
     temporary.mkdir()
+    has_moved = False
     try:
         yield temporary
         (out / "meta.json").unlink(missing_ok=True)
@@ -459,8 +464,11 @@ def unfinished(out):
         paths = sorted(temporary.iterdir(), key=lambda path: path.name == "meta.json")
         for path in paths:
             os.replace(path, out / path.name)
+            has_moved = True
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        # If only some files could be moved, the folder stays: it says that these are ours.
+        if not has_moved or (out / "meta.json").exists():
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def sha256(path):
@@ -995,8 +1003,9 @@ def tokenized(found, tok, workers):
 class PoliteRetry(urllib3.util.Retry):
     """urllib3's Retry: asks again after an error, and waits longer each time (0, 2, 4, 8, ... s).
 
-    If the server names the wait in a Retry-After header, that counts. We change three things: the
-    wait is printed, it is at most LONGEST_WAIT, and a Retry-After that makes no sense is ignored.
+    If the server names the wait in a Retry-After header, that counts. We change four things: the
+    wait is printed, it is at most LONGEST_WAIT, a Retry-After that makes no sense is ignored, and a
+    certificate that is not trusted is not tried again.
     """
 
     def increment(self, method=None, url=None, response=None, error=None, **more):
@@ -1290,13 +1299,16 @@ def name_files(source, paths, local):
     A text of your own may change and keep its size.
     """
     files = {}
-    for path in paths:
+    for number, path in enumerate(paths):
         if not local:
             files[path.name] = HUB[path.name][1]
         elif path.is_relative_to(source) and path != Path(source):  # in a folder of texts
             files[path.relative_to(source).as_posix()] = sha256(path)[:16]
         else:
-            files[path.name] = sha256(path)[:16]
+            name = path.name
+            if name in files:  # two files of one name, in two folders
+                name += f" ({number})"
+            files[name] = sha256(path)[:16]
     return files
 
 
@@ -1495,13 +1507,13 @@ def main(argv=None):
     except KeyboardInterrupt:
         message = "stopped; run the same command again (a download goes on where it was)"
     except OSError as error:
-        message = (f"{error.filename or 'cannot go on'}: {error.strerror or error}: see to its "
+        message = (f"{error.filename or 'cannot go on'}: {error.strerror or error}: check its "
                    f"permissions, or give another --out or --downloads")
         if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             message = (f"{error.filename or 'cannot go on'}: {error.strerror}: make room, or give "
                        f"--out or --downloads on another disk")
     except MemoryError:
-        message = "out of memory: make less at a time, or use a machine with more"
+        message = "out of memory: lower --people or --workers, or use a machine with more"
     except ValueError as error:
         message = str(error)
     print("prepare_data.py: " + " ".join(message.split()), file=sys.stderr)
@@ -1509,6 +1521,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     steady_output()
     sys.exit(main())

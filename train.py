@@ -124,7 +124,8 @@ FACTS = {
     "facts": dict(people=8000, documents=640_000),
     "facts-gpu": dict(people=100_000, documents=8_192_000),
 }
-# Settings that --resume may change: they affect what is learned by rounding at most.
+# Settings that --resume may change. They affect what is learned by rounding only. (micro_batch_size
+# and device also change the masks of dropout, and micro_batch_size the balance of --ffn moe.)
 MAY_CHANGE = {"device", "backend", "compile", "micro_batch_size", "log_every", "data",
               "mem_parallel"}
 # Settings of the model that may differ from those of --init-from.
@@ -225,12 +226,14 @@ def inherited(given, resume):
     if not source or (resume and not (Path(source) / "config.json").exists()):
         return {}  # a run that is resumed has its own settings
     saved = read_config(source)["settings"]
-    inherits = {f.name for f in dataclasses.fields(GPTConfig)} - MAY_DIFFER
-    for name in inherits & given.keys() & saved.keys():
-        if given[name] != saved[name]:
-            raise ValueError(f"{flag(name)} {given[name]} is not the {saved[name]} of --init-from "
-                             f"{source}: leave it out")
-    return {name: saved[name] for name in inherits & saved.keys()}
+    # What is newer than that run has its default, as in load_checkpoint.
+    inherits = {f.name: saved.get(f.name, f.default) for f in dataclasses.fields(GPTConfig)
+                if f.name not in MAY_DIFFER}
+    for name in inherits.keys() & given.keys():
+        if given[name] != inherits[name]:
+            raise ValueError(f"{flag(name)} {given[name]} is not the {inherits[name]} of "
+                             f"--init-from {source}: leave it out")
+    return inherits
 
 
 def resumed_settings(s, preset, given):
@@ -268,6 +271,7 @@ def read_config(folder):
             if name not in kinds:
                 raise ValueError(f"unknown setting {name}")
             fits = isinstance(value, (int, float) if kinds[name] is float else kinds[name])
+            fits = fits and isinstance(value, bool) == (kinds[name] is bool)
             if not fits and not (name == "compile" and value is None):
                 raise TypeError(f"the setting {name} is {value!r}")
         if not all(isinstance(layer, int) for layer in saved["mem_layers"]):
@@ -297,6 +301,7 @@ def fit_to_data(s, world):
 
 
 def check_limits(s):
+    """Raise ValueError for a number outside LIMITS."""
     for name, (low, high) in LIMITS.items():
         value = getattr(s, name)
         if value > high:
@@ -349,10 +354,10 @@ def write_whole(path, write):
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
         # torch.save raises a RuntimeError of its own while it handles the OSError of a full disk.
-        cause = e
-        if isinstance(e.__context__, OSError):
-            cause = e.__context__
-        raise ValueError(f"cannot write {path} ({first_line(cause)}): free some space or see to "
+        cause = e if isinstance(e, OSError) else e.__context__
+        if not isinstance(cause, OSError):
+            raise  # the trouble is not the disk
+        raise ValueError(f"cannot write {path} ({first_line(cause)}): free some space or check "
                          f"the permissions; what was saved before is still there") from None
 
 
@@ -777,7 +782,7 @@ def save_checkpoint(folder, model, optimizers, step, seconds, settings, line=Non
     problem = None
     if rank < len(names):
         problem = try_to_save(tables, folder / names[rank])
-    if somebodys(problem):
+    if any_rank_failed(problem):
         remove_slices(folder, names, rank)
         return problem or OTHER_RANK
     if rank == 0:
@@ -791,9 +796,10 @@ def save_checkpoint(folder, model, optimizers, step, seconds, settings, line=Non
         if problem is None:
             for old in folder.glob("ckpt-[0-9]*of*.pt*"):
                 if old.name not in names:
-                    old.unlink()
+                    with contextlib.suppress(OSError):  # it is only in the way
+                        old.unlink()
     # Nobody goes on, or leaves, while another still writes.
-    if somebodys(problem):
+    if any_rank_failed(problem):
         remove_slices(folder, names, rank)
         return problem or OTHER_RANK
     return None
@@ -820,7 +826,12 @@ def try_to_save(content, path):
         return str(e)
 
 
-def somebodys(problem):
+def wait_for_all():
+    """A barrier. Does nothing with one rank."""
+    any_rank_failed(None)
+
+
+def any_rank_failed(problem):
     """Whether any rank has a problem, something other than None. All ranks wait for each other."""
     if not dist.is_initialized():
         return problem is not None
@@ -841,8 +852,8 @@ def load_checkpoint(folder, device="cpu", mesh=None, **changes):
     if not path.exists():
         raise ValueError(f"{path} does not exist: give the folder of a run that has saved a "
                          f"checkpoint")
-    way_out = ("it and the slices of its table belong together, bring them into one folder, or "
-               "train anew in another one")
+    way_out = ("bring ckpt.pt and the ckpt-*.pt files of the same run into one folder, or start "
+               "another run")
     with reading(path, way_out):
         state = read_checkpoint(path)
         saved = [read_checkpoint(path.with_name(name)) for name in state["slices"]] or [state]
@@ -952,6 +963,12 @@ class Log:
             if len(self.waiting) == 1:
                 warn(f"cannot write {self.path} ({first_line(e)}): the run goes on, and its lines "
                      f"are kept until there is space")
+
+
+    def close(self):
+        """Say so if lines are lost."""
+        if self.waiting:
+            warn(f"{len(self.waiting)} line(s) of {self.path} could not be written and are lost")
 
 
 def warn(message):
@@ -1227,6 +1244,9 @@ def choose_device(s, local_rank=0, world=1):
         if s.device == "mps":
             raise ValueError("--device mps serves one rank only: use --device cpu")
         device = "cpu"
+    if world > 1 and device.startswith("cuda:"):
+        raise ValueError(f"--device {device}: with several ranks each has its own GPU: use "
+                         f"--device cuda")
     if world > 1 and device == "cuda":
         count = torch.cuda.device_count()
         if local_rank >= count:
@@ -1296,7 +1316,7 @@ def meet_the_others(device, rank, world):
     library = "nccl" if device.startswith("cuda") else "gloo"
     try:
         dist.init_process_group(library, timeout=timedelta(minutes=10))
-        somebodys(None)  # the first exchange
+        wait_for_all()  # the first exchange
     except (RuntimeError, ValueError) as e:
         raise ValueError(f"rank {rank} cannot reach the others ({first_line(e)}): see whether one "
                          f"of them has stopped, and to MASTER_ADDR, MASTER_PORT and "
@@ -1326,6 +1346,10 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
               "RTX 4090": 165e12, "RTX 3090": 71e12}
 
 
+# torchrun, or the shell. If torchrun dies, its ranks get another parent (not on Windows).
+PARENT = os.getppid()
+
+
 class StopRequest:
     """Ctrl-C, SIGTERM or a terminal that closes: the first signal asks the loop to save and leave.
 
@@ -1336,7 +1360,6 @@ class StopRequest:
 
     def __init__(self):
         self.time = None  # when it was asked for
-        self.parent = os.getppid()
         self.under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
         signal.signal(signal.SIGINT, self.handle)
         signal.signal(signal.SIGTERM, self.handle)
@@ -1350,12 +1373,12 @@ class StopRequest:
             self.time = now
             # A signal may come while print() is at work, so this must not be another print().
             with contextlib.suppress(OSError):
-                os.write(2, b"stopping after this step; a second signal stops at once\n")
+                os.write(2, b"stopping soon; once more, after three seconds, stops at once\n")
         elif now > self.time + 3:
             os._exit(130)
 
     def __bool__(self):
-        is_orphan = self.under_torchrun and os.getppid() != self.parent
+        is_orphan = self.under_torchrun and os.getppid() != PARENT
         return self.time is not None or is_orphan
 
 
@@ -1571,27 +1594,23 @@ def train(s, preset, resume):
     """A whole run -> its exit status: 0, or 130 if it was asked to stop and has saved."""
     rank, local_rank, world = ranks()
     out = Path(s.out_dir)
-    is_finished = (out / "result.json").is_file()
-    has_checkpoint = (out / "ckpt.pt").exists()
-    if resume and is_finished:
-        if rank == 0:
-            print(f"{out} has finished its {s.max_steps} steps. To go on from its weights, start "
-                  f"another run: --init-from {out} --out-dir out/NAME")
+    if is_over(s, resume, rank):
         return 0
-    if rank == 0 and (has_checkpoint or is_finished) and not resume:
-        raise ValueError(f"{out} holds a run already: go on with it by --resume, or start another "
-                         f"with --out-dir out/NAME")
     device = choose_device(s, local_rank, world)
     meet_the_others(device, rank, world)
     if rank == 0:
         make_missing_data(s, preset)
-    somebodys(None)  # all wait for the data
-    if resume and has_checkpoint and not Path(s.data).is_dir():
+    wait_for_all()  # for the data
+    if resume and (out / "ckpt.pt").exists() and not Path(s.data).is_dir():
         raise ValueError(f"{s.data}, the data of {out}, is not there any more: if it was moved, "
                          f"give its folder with --data")
     meta = fit_to_data(s, world)
     facts = read_facts(s.data) if "window" in meta else None
     with own_folder(s, rank, resume):
+        # Rank 0 may have waited for the end of another run. Only now do all look at the folder.
+        wait_for_all()
+        if is_over(s, resume, rank):
+            return 0
         # A run that died before its first checkpoint starts again.
         go_on = resume and (out / "ckpt.pt").exists()
         trainer = Trainer(s, meta, device, rank, world, go_on)
@@ -1604,6 +1623,23 @@ def train(s, preset, resume):
         if rank == 0:
             prepare_folder(s, preset, trainer.first_step, hardware)
         return Run(trainer, meta, facts, hardware).loop()
+
+
+def is_over(s, resume, rank):
+    """Whether --resume finds a finished run, and says so.
+
+    Raises ValueError on rank 0 if there is a run that nobody wants to resume.
+    """
+    out = Path(s.out_dir)
+    is_finished = (out / "result.json").is_file()
+    has_run = is_finished or (out / "ckpt.pt").exists()
+    if rank == 0 and has_run and not resume:
+        raise ValueError(f"{out} holds a run already: go on with it by --resume, or start another "
+                         f"with --out-dir out/NAME")
+    if rank == 0 and resume and is_finished:
+        print(f"{out} has finished its {s.max_steps} steps. To go on from its weights, start "
+              f"another run: --init-from {out} --out-dir out/NAME")
+    return resume and is_finished
 
 
 class Run:
@@ -1656,15 +1692,18 @@ class Run:
             next_look = step + max(int(SECONDS_TO_LOOK / pace), 1)
             halt = wanted and not is_last
 
+            if halt:
+                self.save(step, must=True)  # first: there may be little time
             if time_to_log:
                 line = self.describe_step(step, loss, norms, seconds_per_step)
             if time_to_evaluate:
                 self.evaluate(line)
             if time_to_log and not is_last and self.is_first_rank:
                 self.log.add(line)
-            if time_to_evaluate or halt:
-                self.save(step, must=halt)
+            if time_to_evaluate and not halt:
+                self.save(step)
             if halt:
+                self.log.close()
                 if self.is_first_rank:
                     print(f"stopped at step {step} and saved: go on with --resume --out-dir "
                           f"{self.out}")
@@ -1730,6 +1769,7 @@ class Run:
         known = self.evaluate(line, count=None)
         if self.is_first_rank:
             self.log.add(line)
+            self.log.close()
         if not is_saved:
             self.save(s.max_steps, must=True, line=line)
         result = dict(
@@ -1780,6 +1820,7 @@ def make_missing_data(s, preset):
 
 
 def check_finite(loss, norms, step, s):
+    """Raise ValueError, on all ranks alike, if the loss or a gradient's norm is not finite."""
     if not torch.isfinite(loss + sum(norms)):
         numbers = " and ".join(f"{norm.item():.3g}" for norm in norms)
         raise ValueError(f"the loss is {loss.item():.3g} and the gradient norm {numbers} at step "
@@ -1873,7 +1914,7 @@ def main(argv=None):
         return 130
     except (ValueError, OSError) as e:
         message = str(e)
-    except (RuntimeError, MemoryError) as e:
+    except Exception as e:  # explain() knows which of the others the user can mend
         message = explain(e)
         if not message:
             raise
@@ -1899,6 +1940,8 @@ def explain(error):
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     prepare_data.steady_output()
     code = main()
     if "RANK" in os.environ:

@@ -18,6 +18,7 @@ docs/speed.md by what --report prints.
 import argparse
 import contextlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -271,7 +272,7 @@ LEAST_STEPS = 5
 
 
 def training(kind, job):
-    """Time steps of the openwebtext preset, in one pass of which as much fits as memory allows."""
+    """Time steps of the openwebtext preset, 32 windows at a time, 8 on a GPU below 60 GiB."""
     data = text_data(job)
     micro = 32 if (gpu_memory(job.device) or 0) > 60 else 8
     size = ["--vocab-size", "50304", "--batch-size", "128", "--micro-batch-size", str(micro)]
@@ -407,8 +408,10 @@ def check_resume(job, dtype):
     one, _ = train.load_checkpoint(whole)
     other, _ = train.load_checkpoint(broken)
     for a, b in zip(one.state_dict().values(), other.state_dict().values()):
-        difference = (a.double() - b.double()).norm() / a.double().norm()
-        largest = max(largest, difference.item())
+        if not torch.equal(a, b):
+            difference = ((a.double() - b.double()).norm() / a.double().norm()).item()
+            assert math.isfinite(difference), "a tensor is not finite"
+            largest = max(largest, difference)
     assert largest < 0.1, f"a tensor differs by {largest:.1e} of its norm"
     if largest == 0:
         return f"bit for bit, from step {state['step']} to {steps}"
@@ -452,7 +455,9 @@ def check_no_compiler(job):
     done = must_pass(job.python(
         "train.py", *flags, "--no-compile", "--max-steps", "20", "--out-dir", out,
         CC="/bin/false", TRITON_CACHE_DIR=str(cache)))
-    return next(line for line in done.stdout.splitlines() if line.startswith("memory:"))
+    line = next(line for line in done.stdout.splitlines() if line.startswith("memory:"))
+    assert line.startswith("memory: torch"), f"Triton worked without a compiler: {line}"
+    return line
 
 
 def check_too_many_ranks(job):
@@ -839,7 +844,8 @@ def run_all(args):
             signal.signal(getattr(signal, name), stop)
     results = measure(names, args.minutes, args.out.resolve(), args.small)
     print(f"\n{report(results)}\nwritten: {args.out / 'report.md'}")
-    return 130 if STOPPED in {step["status"] for step in results.values()} else 0
+    was_stopped = any(results[name]["status"] == STOPPED for name in names if name in results)
+    return 130 if was_stopped else 0
 
 
 if __name__ == "__main__":

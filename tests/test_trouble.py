@@ -394,6 +394,7 @@ def wait_for_log(out, pid):
     deadline = time.monotonic() + 60
     while not (out / "log.jsonl").exists() or not (out / "log.jsonl").stat().st_size:
         assert time.monotonic() < deadline, "the run has not begun"
+        assert os.waitpid(pid, os.WNOHANG) == (0, 0), "the run has ended"
         time.sleep(0.005)
 
 
@@ -574,7 +575,10 @@ def test_the_same_run_folder_twice(here, capfd):
     assert "another run is writing to" in refusal("train.py " + " ".join(args), capfd)
     assert call("train.py --resume " + " ".join(args)) == 0
     assert exit_code(pid) == 0
-    assert "waiting: another run is writing" in capfd.readouterr().out
+    output = capfd.readouterr().out
+    assert "waiting: another run is writing" in output
+    assert "has finished its 40 steps" in output
+    assert json.loads((out / "result.json").read_text())["tokens_per_s"] > 0
     assert not (out / ".lock").exists()
 
 
@@ -608,6 +612,23 @@ def test_an_environment_that_is_not_torchruns(environment, words, here, monkeypa
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert words in refusal(TINY_TRAIN + " --out-dir out/new", capfd)
+
+
+def test_lines_that_are_lost_are_counted(here, monkeypatch, capfd):
+    log = train.Log(here / "nosuch")
+    for step in (1, 2):
+        log.add(dict(step=step))
+    log.close()
+    first, last = capfd.readouterr().err.splitlines()
+    assert "the run goes on" in first
+    assert "2 line(s) of" in last and "lost" in last
+
+
+def test_a_fault_of_the_gpu_is_not_a_full_disk(here):
+    def write(part):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        train.write_whole(here / "x", write)
 
 
 @pytest.mark.parametrize("error, words", [
@@ -736,6 +757,13 @@ def test_a_gpu_without_bfloat16(monkeypatch):
             train.choose_device(settings("facts-gpu"))
         assert train.choose_device(settings("facts-gpu", "--ffn", "dense")) == "cuda"
         assert train.choose_device(settings("facts-gpu", "--mem-dtype", "float32")) == "cuda"
+
+
+def test_a_single_gpu_for_several_ranks(monkeypatch):
+    with cuda(monkeypatch, gpus=2):
+        with pytest.raises(ValueError, match="each has its own GPU: use --device cuda"):
+            train.choose_device(settings("--device", "cuda:0"), local_rank=0, world=2)
+        assert train.choose_device(settings("--device", "cuda:1")) == "cuda:1"
 
 
 def test_several_ranks_on_a_mac(monkeypatch):
