@@ -81,11 +81,10 @@ class MemoryTable(nn.Module):
 
     mesh: a torch DeviceMesh ("replica", "slice") of several ranks. The P ranks along "slice" hold
     D/P dims of every slot each. Raises ValueError if P does not divide dim.
-    init: False leaves the values unset, for a model that draws all its weights itself.
     std: of the values that init_weights draws, a number or a (dim,) tensor; default 1/sqrt(dim).
     """
 
-    def __init__(self, n_keys, dim, dtype=torch.float32, mesh=None, init=True, std=None):
+    def __init__(self, n_keys, dim, dtype=torch.float32, mesh=None, std=None):
         super().__init__()
         self.std = dim**-0.5 if std is None else std
         self.n_keys = n_keys
@@ -106,8 +105,8 @@ class MemoryTable(nn.Module):
         read_weight = torch.zeros(n_keys**2, dtype=torch.int64)  # (S,)
         self.register_buffer("read_weight", read_weight, persistent=False)
         self.counting = False
-        if init:
-            self.init_weights()
+        self.record = None  # a list: read() adds to it what it is asked for
+        self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
@@ -131,6 +130,8 @@ class MemoryTable(nn.Module):
 
     def count_reads(self, slots, weights):
         """While counting, add up how much of each slot is read. slots, weights (N, R)."""
+        if self.record is not None:
+            self.record.append((slots.detach(), weights.detach()))
         if not self.counting:
             return
         # In units of 2^-24. Integers have one sum, whatever the order and the device. Rounded up,
@@ -172,11 +173,9 @@ class ProductKeyMemory(nn.Module):
 
     dim: C. table: a MemoryTable, which several layers may share. key_dim: of both halves together,
     default C/2. Raises ValueError for sizes that cannot work.
-    init: False leaves the half-keys unset, for a model that draws all its weights itself.
     """
 
-    def __init__(self, dim, table, heads=4, topk=32, key_dim=None, gate=True, qk_norm=True,
-                 init=True):
+    def __init__(self, dim, table, heads=4, topk=32, key_dim=None, gate=True, qk_norm=True):
         super().__init__()
         key_dim = dim // 2 if key_dim is None else key_dim
         if heads < 1:
@@ -199,8 +198,7 @@ class ProductKeyMemory(nn.Module):
         needs_out = gate or table.dim != dim
         self.out = nn.Linear(table.dim, dim, bias=False) if needs_out else None  # W2 (C, D)
         self.tables = [table]  # a list hides it from nn.Module: it belongs to the whole model
-        if init:
-            self.init_weights()
+        self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
@@ -307,10 +305,10 @@ class PEER(nn.Module):
     dim: C. table: a MemoryTable with dim 2C. heads, topk, key_dim, qk_norm: see ProductKeyMemory.
     """
 
-    def __init__(self, dim, table, heads=4, topk=16, key_dim=None, qk_norm=True, init=True):
+    def __init__(self, dim, table, heads=4, topk=16, key_dim=None, qk_norm=True):
         super().__init__()
         self.finder = ProductKeyMemory(dim, table, heads, topk, key_dim, gate=False,
-                                       qk_norm=qk_norm, init=init)
+                                       qk_norm=qk_norm)
         self.finder.out = None  # of the finder nothing but its search is used
         self.reads = heads * topk  # R
         self.tables = [table]
@@ -358,6 +356,13 @@ class MixtureOfExperts(nn.Module):
         self.experts_in = nn.Parameter(torch.empty(experts, dim, hidden))  # W1 (E, C, h)
         self.experts_out = nn.Parameter(torch.empty(experts, hidden, dim))  # W2 (E, h, C)
         self.balance = None
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Experts are normal, std 1/sqrt(inputs). The router is as nn.Linear draws it."""
+        for weight in (self.experts_in, self.experts_out):  # (E, inputs, outputs)
+            weight.normal_(std=weight.shape[1] ** -0.5)
 
     def route(self, x):
         """x (N, C) -> weights, experts (N, K), and p (N, E)."""

@@ -1,9 +1,9 @@
 """
 A GPT whose MLPs can be replaced by memory layers.
 
-It has nanoGPT's shape with today's parts: rotary positions, RMS norms, no biases, tied embeddings,
-flash attention through scaled_dot_product_attention. `ffn` in the config says what stands in the
-place of the MLP in the blocks of `mem_layers`.
+It has nanoGPT's parts: layer norms, no biases, tied embeddings, flash attention through
+scaled_dot_product_attention. Only the positions are newer: they are rotary. `ffn` in the config
+says what stands in the place of the MLP in the blocks of `mem_layers`.
 
     from model import GPT, GPTConfig
     model = GPT(GPTConfig(vocab_size=512, ffn="memory", mem_layers=(1,)))
@@ -50,7 +50,7 @@ class GPTConfig:
                              "to train one takes 16 or 10 bytes a value")
     qk_norm: bool = setting(True, "RMS-norm on query halves and half-keys")
     moe_experts: int = setting(0, "E experts, with as many weights in all as the memory layer's "
-                               "table; 0: 256, or 4 * mem_n_keys if that is less")
+                               "table; 0: as many as mem_n_keys, at least 128")
     moe_topk: int = setting(0, "K experts per token; 0: as many as the MLP's FLOPs allow")
     moe_balance: float = setting(0.01, "weight of the loss that keeps experts equally busy")
 
@@ -128,8 +128,9 @@ class GPTConfig:
         return max(self.mem_topk // 2, 1)
 
     def experts(self):
-        """E: with fewer, the router of a small mixture does not outweigh its experts."""
-        return self.moe_experts or min(256, 4 * self.mem_n_keys)
+        """E: many small experts, but not more than the smallest of tables has weights for."""
+        n = self.mem_n_keys
+        return self.moe_experts or min(max(n, 128), 4 * n)
 
     def expert_hidden(self):
         """h: the weights of all experts, E * 2 * C * h, are as many as the table's, S * C."""
@@ -164,16 +165,24 @@ def check_positive(config, name):
 # ---- the parts of a block
 
 def rotary(hs, positions, device):
-    """Rotary positions (RoPE, arXiv 2104.09864): cos, sin of angles, (positions, hs/2) float32."""
+    """Rotary positions (RoPE, arXiv 2104.09864): the cos and sin that rotate() takes.
+
+    Both are (positions, hs) float32: of each angle twice, and once with -sin.
+    """
     freq = 10000 ** (-torch.arange(0, hs, 2, device=device).float() / hs)  # (hs/2,)
     angle = torch.arange(positions, device=device).float()[:, None] * freq  # (positions, hs/2)
-    return angle.cos(), angle.sin()
+    cos = angle.cos()
+    sin = angle.sin()
+    return torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)
 
 
 def rotate(x, cos, sin):
-    """Turn each pair (x[i], x[i + hs/2]) by its angle. x (..., T, hs), cos, sin (T, hs/2)."""
-    a, b = x.chunk(2, dim=-1)  # (..., T, hs/2) both
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)  # (..., T, hs)
+    """Turn each pair (a, b) = (x[i], x[i + hs/2]) by its angle. x (..., T, hs), cos, sin (T, hs).
+
+    The result is (a cos - b sin, b cos + a sin).
+    """
+    swapped = x.roll(x.size(-1) // 2, dims=-1)  # (..., T, hs): the b, then the a
+    return (x * cos + swapped * sin).type_as(x)  # (..., T, hs)
 
 
 class Attention(nn.Module):
@@ -185,15 +194,15 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x, rope, cache=None):
-        """x (B, T, C), rope: cos, sin (T, hs/2), cache: (k, v) of the tokens before, or None.
+        """x (B, T, C), rope: cos, sin (T, hs), cache: (k, v) of the tokens before, or None.
 
         Returns (B, T, C) and the cache with these tokens, (B, nh, tokens, hs) both.
         """
         B, T, C = x.size()
-        qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, nh, hs)
-        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, nh, T, hs)
-        q, k = rotate(qkv[:2], *rope)  # (B, nh, T, hs) both
-        v = qkv[2]  # (B, nh, T, hs)
+        qk, v = self.qkv(x).split((2 * C, C), dim=2)  # (B, T, 2C), (B, T, C)
+        qk = qk.view(B, T, 2 * self.n_head, C // self.n_head).transpose(1, 2)  # (B, 2nh, T, hs)
+        q, k = rotate(qk, *rope).chunk(2, dim=1)  # (B, nh, T, hs) both
+        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         if cache is not None:
             k = torch.cat((cache[0], k), dim=2)  # (B, nh, past + T, hs)
             v = torch.cat((cache[1], v), dim=2)  # (B, nh, past + T, hs)
@@ -230,26 +239,26 @@ def make_ffn(config, layer, table):
     if config.ffn == "hash":
         return HashedMemory(C, table, reads=H * config.mem_topk, seed=layer)
     if config.ffn == "peer":
-        return PEER(C, table, H, config.peer_topk(), config.key_dim(), config.qk_norm, init=False)
+        return PEER(C, table, H, config.peer_topk(), config.key_dim(), config.qk_norm)
     return ProductKeyMemory(C, table, heads=H, topk=config.mem_topk, key_dim=config.key_dim(),
-                            gate=config.mem_gate, qk_norm=config.qk_norm, init=False)
+                            gate=config.mem_gate, qk_norm=config.qk_norm)
 
 
 def make_table(config, mesh):
     """The table that a layer of this kind reads."""
     if config.ffn == "peer":
         reads = config.mem_heads * config.peer_topk()
-        return MemoryTable(config.peer_n_keys(), 2 * config.n_embd, init=False,
+        return MemoryTable(config.peer_n_keys(), 2 * config.n_embd,
                            std=PEER.std(config.n_embd, reads))
     dtype = getattr(torch, config.mem_dtype)
-    return MemoryTable(config.mem_n_keys, config.value_dim(), dtype, mesh, init=False)
+    return MemoryTable(config.mem_n_keys, config.value_dim(), dtype, mesh)
 
 
 class Block(nn.Module):
     def __init__(self, config, layer, table):
         super().__init__()
-        self.norm1 = nn.RMSNorm(config.n_embd)
-        self.norm2 = nn.RMSNorm(config.n_embd)
+        self.norm1 = nn.LayerNorm(config.n_embd, bias=False)
+        self.norm2 = nn.LayerNorm(config.n_embd, bias=False)
         self.attn = Attention(config)
         self.ffn = make_ffn(config, layer, table)
         self.drop = nn.Dropout(config.dropout)
@@ -282,41 +291,30 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, C)
         self.blocks = nn.ModuleList(
             Block(config, i, table_of.get(i)) for i in range(config.n_layer))
-        self.norm = nn.RMSNorm(C)
+        self.norm = nn.LayerNorm(C, bias=False)
         self.head = nn.Linear(C, config.vocab_size, bias=False)
         self.head.weight = self.wte.weight  # tied (V, C)
-        cos, sin = rotary(C // config.n_head, config.block_size, "cpu")  # (block_size, hs/2) both
+        cos, sin = rotary(C // config.n_head, config.block_size, "cpu")  # (block_size, hs) both
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        """All weights, in one place.
+        """The embedding and all matrices.
 
         embedding     normal, std 0.02
-        matrices      normal, std 1/sqrt(inputs); those that write to the residual stream are
-                      divided by sqrt(2 * n_layer), as in nanoGPT
-        half-keys     uniform in [-b, b], b = 1/sqrt(key dim) (arXiv 2412.09764)
-        values        normal, std 1/sqrt(D) (arXiv 2412.09764)
-        experts       as matrices; those that write are divided likewise
-        norms         1, as they are made
+        matrices      normal, std 1/sqrt(inputs)
+        Those that write to the residual stream, experts too, are divided by sqrt(2 * n_layer), as
+        in nanoGPT. Norms are 1; values, half-keys and experts are as memory.py draws them.
         """
-        for table in self.tables:
-            table.init_weights()
         for name, p in self.named_parameters():
-            if name.endswith("half_keys"):
-                p.uniform_(-1, 1).mul_((2 * p.shape[-1]) ** -0.5)  # (2, H, n, d)
-            elif name.startswith("wte"):  # the head too: a tied weight is listed once
+            if name.startswith("wte"):  # the head too: a tied weight is listed once
                 p.normal_(std=0.02)  # (V, C)
-            elif name.endswith(("experts_in", "experts_out")):  # (E, inputs, outputs)
-                p.normal_(std=p.shape[1] ** -0.5)
-                if name.endswith("out"):
-                    p.div_((2 * self.config.n_layer) ** 0.5)
             elif p.dim() == 2 and not name.endswith("values"):
                 p.normal_(std=p.shape[1] ** -0.5)
-                if name.endswith(("proj.weight", "out.weight")):
-                    p.div_((2 * self.config.n_layer) ** 0.5)
+            if name.endswith(("proj.weight", "out.weight", "experts_out")):
+                p.div_((2 * self.config.n_layer) ** 0.5)
 
     def memories(self):
         """The layers that stand in the place of an MLP, as (block number, layer)."""
@@ -342,7 +340,7 @@ class GPT(nn.Module):
                              f"shorten the context")
         if past and T > 1:  # there is no mask for them
             raise ValueError(f"{T} tokens at once with a filled cache: give one at a time")
-        rope = self.cos[past:past + T], self.sin[past:past + T]  # (T, hs/2) both
+        rope = self.cos[past:past + T], self.sin[past:past + T]  # (T, hs) both
         if before is None:
             before = idx.new_full((B, 2), -1)  # (B, 2): nothing
         tokens = torch.cat((before, idx), dim=1)  # (B, T + 2)
@@ -415,6 +413,28 @@ class GPT(nn.Module):
             nats.append((loss * inside).sum(dim=1).cpu())
         self.train(was_training)
         return torch.cat(right).numpy(), torch.cat(nats).double().numpy()
+
+    @torch.no_grad()
+    def memory_reads(self, idx):
+        """What each layer reads from its table: idx (B, T) -> list of (block, slots, weights).
+
+        slots and weights are (B, T, R). Of a layer with heads, the R = H * K reads of a token are
+        those of its first head, then of the next.
+        """
+        was_training = self.training
+        self.eval()
+        for table in self.tables:
+            table.record = []
+        self(idx)
+        found = []
+        for block, layer in self.memories() if self.tables else []:
+            table, = layer.tables
+            slots, weights = table.record.pop(0)  # (B*T, R) both
+            found.append((block, slots.view(*idx.shape, -1), weights.view(*idx.shape, -1)))
+        for table in self.tables:
+            table.record = None
+        self.train(was_training)
+        return found
 
     def param_counts(self):
         """Parameters by what they do: embedding, dense, half_keys, values, experts, and two sums.

@@ -8,6 +8,7 @@ Turn a corpus into files of tokens for train.py and sample.py.
     python prepare_data.py my.txt           # any UTF-8 text, or a folder of .txt files: documents
                                             # end at <|endoftext|>, or at what --separator says
     python prepare_data.py tinystories --from-file train.txt valid.txt      # copies you have
+    python prepare_data.py facts --from-file FACTS.tsv PATTERNS.tsv         # facts of your own
 
 You see how much disk is needed, a line of progress, and what was made. The folder data/<name> then
 holds
@@ -23,14 +24,15 @@ any time and run the same command again. A download goes on where it broke off. 
 mirror), HF_TOKEN, the proxy variables and TIKTOKEN_CACHE_DIR are honoured.
 
 This file, from top to bottom: constants, what all scripts share with the world outside, tokenizers,
-the output folder, the facts corpus, reading text, tokenising, downloads, the text corpora, the
-command line.
+the output folder, the facts corpus, facts of your own, reading text, tokenising, downloads, the
+text corpora, the command line.
 """
 import argparse
 import base64
 import codecs
 import collections
 import contextlib
+import csv
 import errno
 import functools
 import gzip
@@ -46,6 +48,7 @@ import pickle
 import re
 import shutil
 import signal
+import statistics
 import sys
 import tarfile
 import time
@@ -117,6 +120,10 @@ UNPACKED = {".gz": 2.7, ".tar": 3.3}
 BIN_PER_TEXT = {"gpt2": 0.6, "words": 1, "bytes": 2}
 
 
+# .bin files are uint16.
+MOST_TOKENS = 1 << 16
+# The rest of the facts corpus has at most a few thousand words.
+MOST_SINGLE_NAMES = 60_000
 # Tokens in the windows that train.py takes from a text, unless --block-size says otherwise.
 WINDOW = 256
 
@@ -400,7 +407,7 @@ def how_to_make(folder):
 
 # What a meta.json holds, of which type, and what of it every one holds.
 META = {"vocab_size": int, "eot": int, "tokenizer": str, "pattern": str, "tokens": dict,
-        "sha256": dict, "window": int, "answers": int, "settings": dict}
+        "sha256": dict, "window": int, "answers": (int, float), "settings": dict}
 NEEDED = {"vocab_size", "eot", "tokenizer", "pattern", "tokens", "sha256"}
 
 
@@ -644,21 +651,27 @@ RELATIONS = [
      "{} sails on the ship {}."),
 ]
 TRAINED_PHRASINGS = 4
+# How people are named. shared: by two words, which others have, too. apart: the same, but no three
+# words in a row show both. single: by a word that nobody else has.
+NAMES = {"shared": "{} {}", "apart": "{} of house {}", "single": "{}{}"}
 
 
 def make_facts(out="data/facts", people=8000, relations=5, answers=64, documents=640_000,
                val_documents=4096, zipf_shift=20.0, zipf_power=1.0, control=200, seed=1337,
-               tokenizer="words", force=False):
+               tokenizer="words", names="shared", force=False):
     """Make the folder `out` with facts about invented people: `people` x `relations` of them.
 
     One document is one fact in one window: eot, the sentence, then eot up to the window's end. The
     person of rank r is named with probability ~ 1 / (r + zipf_shift)^zipf_power: a few often, most
-    seldom, and the `control` group never. Raises ValueError for settings that cannot work.
+    seldom, and the `control` group never. names: one of NAMES. Raises ValueError for settings that
+    cannot work.
     """
     settings = dict(
         source="facts", people=people, relations=relations, answers=answers, documents=documents,
         val_documents=val_documents, zipf_shift=zipf_shift, zipf_power=zipf_power,
         control=control, seed=seed, tokenizer=tokenizer)
+    if names != "shared":  # older folders do not have this setting
+        settings["names"] = names
     check_facts(settings)
     if is_finished(out, settings, force):
         return
@@ -666,30 +679,36 @@ def make_facts(out="data/facts", people=8000, relations=5, answers=64, documents
     # the control group have the highest numbers.
     F = (people + control) * relations
     rng = np.random.default_rng(seed)
-    tok, windows, spans = fact_windows(rng, people + control, relations, answers, tokenizer)
+    tok, subjects, windows, spans = fact_windows(
+        rng, people + control, relations, answers, tokenizer, names)
     window = windows.shape[-1]
     check_space([("tokens", out, 2 * window * (documents + val_documents + 2 * F))])
     # Sums of the probabilities: person r is drawn by a number between chance[r-1] and chance[r].
     chance = ((np.arange(people) + zipf_shift) ** -float(zipf_power)).cumsum()  # (people,)
+
+    def draw(n):
+        """n facts at random, and a phrasing for each: numbers of facts, of rows of `windows`."""
+        person = chance.searchsorted(rng.random(n) * chance[-1], side="right")  # (n,)
+        person = np.minimum(person, people - 1)  # rounding can lead past the last one
+        fact = person * relations + rng.integers(relations, size=n)  # (n,)
+        return fact, fact * phrasings + rng.integers(TRAINED_PHRASINGS, size=n)
+
+    phrasings = windows.shape[1]
+    rows = windows.reshape(F * phrasings, window)
     with making(out, settings, force) as folder:
         if folder is None:  # another process has made it meanwhile
             return
         # exposures (F,): how often each fact is in train.bin
-        exposures, _ = write_facts(
-            folder / "train.bin", documents, rng, windows, chance, relations, tok.eot)
-        _, examples = write_facts(
-            folder / "val.bin", val_documents, rng, windows, chance, relations, tok.eot)
-        np.savez(folder / "recall.npz",
-                 seen=windows[:, 0], seen_span=spans[:, 0],
-                 unseen=windows[:, -1], unseen_span=spans[:, -1],
-                 exposures=exposures, control=np.arange(F) >= people * relations)
-        for row in examples:
-            print("    " + tok.decode(row[row != tok.eot]))
-        percents = [0, 25, 50, 75, 100]
-        percentiles = np.percentile(exposures[:people * relations], percents)
-        spread = ", ".join(f"{q}%: {value:.0f}" for q, value in zip(percents, percentiles))
+        exposures = write_facts(folder / "train.bin", documents, draw, rows, F, tok)
+        write_facts(folder / "val.bin", val_documents, draw, rows, F, tok, examples=6)
+        np.savez_compressed(
+            folder / "recall.npz",
+            seen=windows[:, 0], seen_span=spans[:, 0],
+            unseen=windows[:, -1], unseen_span=spans[:, -1],
+            exposures=exposures, control=np.arange(F) >= people * relations,
+            subject=np.repeat(subjects, relations))
         print(f"{people:,} people ({control:,} more are never named), {F:,} facts, windows of "
-              f"{window} tokens, exposures {spread}")
+              f"{window} tokens, exposures {quartiles(exposures[:people * relations])}")
         write_meta(folder, tok, {"train": documents, "val": val_documents}, source="invented",
                    settings=settings, window=window, people=people, relations=relations,
                    answers=answers, control_people=control)
@@ -706,16 +725,31 @@ def check_facts(settings):
         "documents": (1, 10 ** 12), "val_documents": (1, 10 ** 12), "seed": (0, 2 ** 63),
         "zipf_shift": (0.001, 10 ** 9), "zipf_power": (0, 100),
     }
+    check_limits(settings, limits)
+    everybody = settings["people"] + settings["control"]
+    if settings.get("names") == "single" and everybody > MOST_SINGLE_NAMES:
+        raise ValueError(f"--names single: {everybody} people need as many tokens, and there is "
+                         f"room for {MOST_SINGLE_NAMES}: lower --people")
+    if settings.get("names", "shared") not in NAMES:
+        raise ValueError(f"--names {settings['names']}: choose {' or '.join(NAMES)}")
+    if not isinstance(settings["control"], int):
+        raise ValueError(f"--control {settings['control']}: give a whole number of people (a share "
+                         f"is for --from-file)")
+
+
+def check_limits(settings, limits):
+    """Raise ValueError for a setting that is not within its limits: {name: (low, high)}."""
     for name, (low, high) in limits.items():
         if not low <= settings[name] <= high:  # nan fails, too
             raise ValueError(f"{flag(name)} {settings[name]}: must be from {low} to {high}")
 
 
-def fact_windows(rng, people, relations, answers, tokenizer):
+def fact_windows(rng, people, relations, answers, tokenizer, names):
     """Invent the people, and put every fact into words.
 
-    Returns the tokenizer; windows (F, 5, window) uint16, each fact in all five phrasings; and
-    spans (F, 5, 2) int, where in the window the answer begins and ends. F = people * relations.
+    Returns the tokenizer; the people's names; windows (F, 5, window) uint16, each fact in all five
+    phrasings; and spans (F, 5, 2) int, where in the window the answer begins and ends.
+    F = people * relations.
     """
     # A name is a number: which of the first names times `pool`, plus which of the last names. All
     # pairs are possible, and no two people have the same one.
@@ -723,7 +757,7 @@ def fact_windows(rng, people, relations, answers, tokenizer):
     first = rng.choice(FIRST_NAMES, pool, replace=False)
     last = rng.choice(LAST_NAMES, pool, replace=False)
     pairs = rng.choice(pool * pool, people, replace=False)
-    names = [f"{first[i // pool]} {last[i % pool]}" for i in pairs]
+    subjects = [NAMES[names].format(first[i // pool], last[i % pool]) for i in pairs]
     # For each relation: how to say it, and a choice of the words that can answer.
     said = [phrasings for _, *phrasings in RELATIONS[:relations]]
     words = [rng.permutation(known)[:answers].tolist() for known, *_ in RELATIONS[:relations]]
@@ -732,21 +766,16 @@ def fact_windows(rng, people, relations, answers, tokenizer):
     # The texts: each fact in all its phrasings.
     vocabulary = ()
     if tokenizer == "words":
-        everything = " ".join(itertools.chain(first, last, *said, *words))
+        everything = " ".join(itertools.chain(first, last, subjects, *said, *words))
         vocabulary = sorted(" " + word for word in set(re.findall("[a-zA-Z]+", everything)))
     tok = make_tokenizer(tokenizer, vocabulary)
     texts = []  # F * 5 lists of tokens
-    for name, row in zip(names, truth.tolist()):
+    for subject, row in zip(subjects, truth.tolist()):
         for phrasings, known, answer in zip(said, words, row):
             for phrasing in phrasings:
-                texts.append(tok.encode(phrasing.format(name, known[answer])))
+                texts.append(tok.encode(phrasing.format(subject, known[answer])))
 
-    # The windows: rows full of eot, into which each text is written after the first eot.
-    lengths = np.array([len(text) for text in texts])  # (F * 5,)
-    longest = lengths.max()
-    windows = np.full((len(texts), longest + 1), tok.eot, "<u2")  # (F * 5, window)
-    has_text = np.arange(longest) < lengths[:, None]  # (F * 5, window - 1) bool
-    windows[:, 1:][has_text] = np.fromiter(itertools.chain.from_iterable(texts), "<u2")
+    windows, lengths = fill_windows(texts, tok.eot)  # (F * 5, window), (F * 5,)
 
     # The spans: an answer ends where the full stop begins. That is the last token of the text, and
     # the text begins at place 1 of the window, so the full stop is at place `length`.
@@ -754,29 +783,391 @@ def fact_windows(rng, people, relations, answers, tokenizer):
     widths = [[len(tok.encode(" " + word)) for word in known] for known in words]
     widths = np.array(widths)[np.arange(relations), truth]  # (people, relations)
     spans = np.stack([ends - widths.reshape(-1, 1), ends], -1)  # (F, 5, 2)
-    return tok, windows.reshape(len(ends), 5, -1), spans
+    return tok, subjects, windows.reshape(len(ends), 5, -1), spans
 
 
-def write_facts(path, count, rng, windows, chance, relations, eot):
+def fill_windows(texts, eot):
+    """Lists of tokens -> rows full of eot, each with its text after the first eot.
+
+    Returns windows (texts, window) uint16, as long as the longest text needs, and lengths (texts,).
+    """
+    lengths = np.array([len(text) for text in texts])  # (texts,)
+    longest = lengths.max()
+    windows = np.full((len(texts), longest + 1), eot, "<u2")  # (texts, window)
+    has_text = np.arange(longest) < lengths[:, None]  # (texts, window - 1) bool
+    windows[:, 1:][has_text] = np.fromiter(itertools.chain.from_iterable(texts), "<u2")
+    return windows, lengths
+
+
+def write_facts(path, count, draw, windows, F, tok, examples=0):
     """Draw `count` facts and write their windows to a .bin file.
 
-    windows: (F, 5, window) uint16. chance: (people,) sums of the probabilities of the people.
-    Returns exposures (F,) int64, how often each fact was written, and (at most 6, window) examples.
+    draw(n): gives n numbers of facts, and the row of `windows` (rows, window) uint16 for each. F:
+    how many facts there are. Prints the first few of them. Returns exposures (F,) int64, how often
+    each fact was written.
     """
-    people = len(chance)
-    exposures = np.zeros(len(windows), np.int64)  # (F,)
+    exposures = np.zeros(F, np.int64)  # (F,)
     with open(path, "wb") as file:
         for begin in range(0, count, BATCH):
-            n = min(BATCH, count - begin)
-            person = chance.searchsorted(rng.random(n) * chance[-1], side="right")  # (n,)
-            person = np.minimum(person, people - 1)  # rounding can lead past the last one
-            fact = person * relations + rng.integers(relations, size=n)  # (n,)
-            phrasing = rng.integers(TRAINED_PHRASINGS, size=n)  # (n,)
-            file.write(windows[fact, phrasing])
-            exposures += np.bincount(fact, minlength=len(windows))
+            facts, rows = draw(min(BATCH, count - begin))  # (n,) both
+            file.write(windows[rows])
+            exposures += np.bincount(facts, minlength=F)
+            for row in windows[rows[:examples]]:
+                print("    " + tok.decode(row[row != tok.eot]))
+            examples = 0
         # The last window's last token needs a target.
-        file.write(np.array([eot], "<u2"))
-    return exposures, windows[fact[:6], phrasing[:6]]
+        file.write(np.array([tok.eot], "<u2"))
+    return exposures
+
+
+def quartiles(exposures):
+    percents = [0, 25, 50, 75, 100]
+    percentiles = np.percentile(exposures, percents)
+    return ", ".join(f"{q}%: {value:.0f}" for q, value in zip(percents, percentiles))
+
+
+# ---- facts of your own
+
+MOST_SENTENCES = 10 ** 8
+
+
+class OwnFact(NamedTuple):
+    """A row of FACTS.tsv. count: how often it stands in the text, if the file says so."""
+    relation: str
+    subject: str
+    answer: str
+    count: int | None
+
+
+class Sentences(NamedTuple):
+    """Every fact in all its phrasings, which are next to each other.
+
+    Those of fact f begin at texts[first[f]]. trained[f] of them stand in the text. unseen[f] is the
+    number of the sentence that is kept out, or -1 if there is none. spans: where in its window the
+    answer of a sentence begins and ends.
+    """
+    texts: list  # of lists of tokens
+    spans: np.ndarray  # (sentences, 2)
+    first: np.ndarray  # (F,)
+    trained: np.ndarray  # (F,)
+    unseen: np.ndarray  # (F,)
+
+
+def make_own_facts(from_file, out="data/own", control=0.025, documents=0, val_documents=4096,
+                   zipf_shift=20.0, zipf_power=1.0, longest=128, seed=1337, tokenizer="words",
+                   force=False):
+    """Make the folder `out` with your own facts. from_file: paths of FACTS.tsv and PATTERNS.tsv.
+
+    FACTS has the columns relation, subject, answer, and optionally count: how often the fact
+    stands in the text. PATTERNS has relation and pattern: a sentence with {subject} in it and
+    {answer} at its end. A relation's last pattern is kept out of the text if there is another.
+
+    Without counts, `documents` sentences are drawn (0: 16 a fact). The fact of rank r in a random
+    order has the probability ~ 1 / (r + zipf_shift)^zipf_power. control: share of the facts that
+    are never in the text. longest: a sentence of more tokens is left out. Raises ValueError for
+    files and settings that cannot work.
+    """
+    facts_path, patterns_path = two_tables(from_file)
+    settings = dict(
+        source="own facts", facts_sha256=sha256(facts_path), patterns_sha256=sha256(patterns_path),
+        control=control, documents=documents, val_documents=val_documents, zipf_shift=zipf_shift,
+        zipf_power=zipf_power, longest=longest, seed=seed, tokenizer=tokenizer)
+    check_own_facts(settings)
+    if is_finished(out, settings, force):
+        return
+    facts, patterns = read_own_facts(facts_path, patterns_path)
+    tok = own_tokenizer(tokenizer, facts, patterns)
+    facts, sentences = put_into_words(facts, patterns, tok, longest)
+    F = len(facts)
+    if F < 2:
+        raise ValueError(f"there is only one fact left: give at least two in {facts_path}")
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(F)  # (F,)
+    is_control = np.zeros(F, bool)  # (F,)
+    is_control[order[:share_of(control, F)]] = True
+    counts = own_counts(facts, order, is_control, settings)  # (F,): exact, or how likely
+    if facts[0].count is None:
+        text = rng.choice(F, documents or 16 * F, p=counts / counts.sum())  # (documents,)
+    else:
+        text = rng.permutation(np.repeat(np.arange(F), counts))  # (documents,)
+    other = rng.choice(F, val_documents, p=counts / counts.sum())  # (val_documents,)
+
+    windows, _ = fill_windows(sentences.texts, tok.eot)  # (sentences, window)
+    window = windows.shape[1]
+    check_space([("tokens", out, 2 * window * (len(text) + val_documents + 2 * F))])
+    with making(out, settings, force) as folder:
+        if folder is None:  # another process has made it meanwhile
+            return
+        exposures = write_facts(folder / "train.bin", len(text), phrase(text, sentences, rng),
+                                windows, F, tok)
+        write_facts(folder / "val.bin", val_documents, phrase(other, sentences, rng),
+                    windows, F, tok, examples=6)
+        # A fact without an unseen phrasing has its first one there, and does not count.
+        unseen = np.where(sentences.unseen < 0, sentences.first, sentences.unseen)  # (F,)
+        np.savez_compressed(
+            folder / "recall.npz",
+            seen=windows[sentences.first], seen_span=sentences.spans[sentences.first],
+            unseen=windows[unseen], unseen_span=sentences.spans[unseen],
+            has_unseen=sentences.unseen >= 0, exposures=exposures, control=is_control,
+            subject=np.array([fact.subject for fact in facts]))
+        print(f"{F:,} facts ({is_control.sum():,} of them are never in the text), "
+              f"{len(patterns):,} relations, windows of {window} tokens, exposures "
+              f"{quartiles(exposures[~is_control])}")
+        write_meta(folder, tok, {"train": len(text), "val": val_documents}, source="own facts",
+                   settings=settings, window=window, answers=possible_answers(facts),
+                   files=[str(path) for path in (facts_path, patterns_path)])
+
+
+def two_tables(paths):
+    """The paths of FACTS.tsv and PATTERNS.tsv. Raises ValueError if these are not two files."""
+    if len(paths) != 2:
+        raise ValueError(f"facts --from-file takes two files, not {len(paths)}: FACTS.tsv, then "
+                         f"PATTERNS.tsv")
+    for path in paths:
+        if not Path(path).is_file():
+            raise ValueError(f"--from-file {path} is no file: give FACTS.tsv, then PATTERNS.tsv")
+    return Path(paths[0]), Path(paths[1])
+
+
+def check_own_facts(settings):
+    """Raise ValueError for settings of make_own_facts that cannot work."""
+    limits = {
+        "control": (0, 0.9), "documents": (0, MOST_SENTENCES),
+        "val_documents": (1, MOST_SENTENCES),
+        "longest": (2, 10 ** 6), "seed": (0, 2 ** 63), "zipf_shift": (0.001, 10 ** 9),
+        "zipf_power": (0, 100),
+    }
+    check_limits(settings, limits)
+
+
+def read_own_facts(facts_path, patterns_path):
+    """Both tables -> list of OwnFact, {relation: list of its patterns}.
+
+    Wrong rows are named on stderr, the first ten of them. Then it raises ValueError.
+    """
+    wrong = []
+    patterns = read_patterns(patterns_path, wrong)
+    facts = read_facts_table(facts_path, patterns, wrong)
+    for line in wrong[:10]:
+        print(line, file=sys.stderr)
+    if wrong:
+        raise ValueError(f"{len(wrong):,} wrong rows, of which the first ones stand above: mend "
+                         f"them")
+    for path, rows in ((patterns_path, patterns), (facts_path, facts)):
+        if not rows:
+            raise ValueError(f"{path} has no row below its header: add some")
+    return facts, patterns
+
+
+def read_patterns(path, wrong):
+    """PATTERNS.tsv -> {relation: list of its patterns}. Adds wrong rows to `wrong`."""
+    patterns = {}
+    for place, row in table_rows(path, ["relation", "pattern"], wrong):
+        pattern = row["pattern"]
+        known = patterns.setdefault(row["relation"], [])
+        ending = pattern.removesuffix(".")
+        if pattern.count("{subject}") != 1:
+            wrong.append(f"{place}: {pattern!r} must have {{subject}} once")
+        elif pattern.count("{answer}") != 1 or not ending.endswith(" {answer}"):
+            wrong.append(f"{place}: {pattern!r} must end with a space and {{answer}}; a full stop "
+                         f"may follow")
+        else:
+            known.append(pattern)
+    return patterns
+
+
+def read_facts_table(path, patterns, wrong):
+    """FACTS.tsv -> list of OwnFact, without repetitions. Adds wrong rows to `wrong`."""
+    facts = {}  # (relation, subject): its OwnFact, and where it stands
+    for place, row in table_rows(path, ["relation", "subject", "answer"], wrong, ["count"]):
+        count = row.get("count")
+        if row["relation"] not in patterns:
+            wrong.append(f"{place}: there is no pattern for the relation {row['relation']!r}")
+            continue
+        if count is not None and not re.fullmatch("[0-9]{1,9}", count):
+            wrong.append(f"{place}: the count {count!r} is not a number from 0 to 999999999")
+            continue
+        fact = OwnFact(row["relation"], row["subject"], row["answer"],
+                       None if count is None else int(count))
+        before, where = facts.setdefault((fact.relation, fact.subject), (fact, place))
+        if before.answer != fact.answer:
+            wrong.append(f"{place}: {fact.relation} of {fact.subject!r} is {fact.answer!r}, and "
+                         f"in {where} it is {before.answer!r}")
+        elif before.count != fact.count:
+            wrong.append(f"{place}: this fact stands in {where} already, with another count")
+    return [fact for fact, _ in facts.values()]
+
+
+def table_rows(path, needed, wrong, optional=()):
+    """The rows of a tab-separated file with a header: yields ("path:line", {column: text}).
+
+    As spreadsheets write it: UTF-8 with or without a byte order mark, any line ends, fields perhaps
+    in quotes, and empty rows, which are left out. Rows that cannot be used are added to `wrong`.
+    """
+    with reading(path, "give a tab-separated text file with a header"):
+        raw = path.read_bytes()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: byte {error.start} is not UTF-8: save it as UTF-8 text, "
+                         f"tab-separated") from None
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter="\t")
+    names = [name.strip().lower() for name in next(rows, [])]
+    missing = [name for name in needed if name not in names]
+    if missing:
+        raise ValueError(f"{path}:1 has no column {' and no column '.join(missing)}: the first "
+                         f"line must name the columns, with a tab between: {', '.join(needed)}")
+    line = rows.line_num + 1  # where the next row begins
+    while True:
+        place = f"{path}:{line}"
+        try:
+            fields = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise ValueError(f"{place}: {error}: a quote that is opened here may have no end") \
+                from None
+        line = rows.line_num + 1
+        if not any(field.strip() for field in fields):
+            continue
+        if any("\n" in field for field in fields):
+            wrong.append(f"{place}: a quote that is opened here does not end in this line")
+            continue
+        row = {name: " ".join(field.split()) for name, field in zip(names, fields)}
+        empty = [name for name in (*needed, *optional) if name in names and not row.get(name)]
+        if empty:
+            wrong.append(f"{place}: it has no {' and no '.join(empty)}")
+            continue
+        yield place, row
+
+
+def say(pattern, fact):
+    """A sentence, and the place of its character where the answer begins."""
+    before = pattern.split("{answer}")[0].replace("{subject}", fact.subject)
+    stop = ""
+    if pattern.endswith(".") and not fact.answer.endswith("."):  # "... of Apple Inc."
+        stop = "."
+    return before + fact.answer + stop, len(before)
+
+
+def own_tokenizer(name, facts, patterns):
+    """The tokenizer. `words` gets every word of the sentences, the most frequent if they are many.
+    """
+    if name != "words":
+        return make_tokenizer(name)
+    found = []
+    for fact in facts:
+        for pattern in patterns[fact.relation]:
+            text, _ = say(pattern, fact)
+            found.append(("train", text, True))
+    return make_tokenizer(name, sorted(frequent_words([found], MOST_TOKENS)))
+
+
+def put_into_words(facts, patterns, tok, longest):
+    """Tokens of all sentences -> the facts that have any, and Sentences.
+
+    A sentence of more than `longest` tokens is left out, and a fact of which nothing is left for
+    the text. Both numbers are printed. Raises ValueError if no fact is left.
+    """
+    texts = []
+    spans = []
+    kept = []
+    first = []
+    trained = []
+    unseen = []
+    too_long = 0
+    for fact in facts:
+        *in_text, last = patterns[fact.relation]
+        begin = len(texts)
+        said = [own_sentence(pattern, fact, tok) for pattern in in_text or [last]]
+        fitting = [sentence for sentence in said if len(sentence[0]) <= longest]
+        too_long += len(said) - len(fitting)
+        if not fitting:
+            continue
+        kept.append(fact)
+        first.append(begin)
+        trained.append(len(fitting))
+        unseen.append(-1)
+        if in_text:
+            sentence = own_sentence(last, fact, tok)
+            if len(sentence[0]) <= longest:
+                unseen[-1] = begin + len(fitting)
+                fitting.append(sentence)
+            else:
+                too_long += 1
+        for text, span in fitting:
+            texts.append(text)
+            spans.append(span)
+    if too_long:
+        print(f"{too_long:,} sentences of more than {longest} tokens are left out (--longest), and "
+              f"{len(facts) - len(kept):,} facts that had no others")
+    if not kept:
+        raise ValueError(f"--longest {longest} leaves no facts: raise it")
+    return kept, Sentences(texts, np.array(spans), np.array(first), np.array(trained),
+                           np.array(unseen))
+
+
+def own_sentence(pattern, fact, tok):
+    """A fact in words -> its tokens, and the span of the answer in its window."""
+    text, at = say(pattern, fact)
+    tokens = tok.encode(text)
+    # In its window the sentence stands after one eot. The answer is what follows the tokens of the
+    # text before it. (A space before a word belongs to the word's token.)
+    start = len(tok.encode(text[:at].rstrip())) + 1
+    end = len(tokens) + 1
+    if tok.tokens[tokens[-1]] == b"." and not fact.answer.endswith("."):
+        end -= 1  # the full stop is not asked
+    return tokens, (start, end)
+
+
+def share_of(control, F):
+    """How many of F facts are the control: at least one, unless the share is 0."""
+    if control == 0:
+        return 0
+    return max(round(control * F), 1)
+
+
+def own_counts(facts, order, is_control, settings):
+    """How often each fact stands in the text, (F,) int, or in proportion to what, (F,) float.
+
+    Raises ValueError if there would be no text, and if both --documents and counts are given.
+    """
+    if facts[0].count is None:
+        counts = np.empty(len(facts))  # (F,)
+        ranks = np.arange(len(facts)) + settings["zipf_shift"]
+        counts[order] = ranks ** -float(settings["zipf_power"])
+    else:
+        if settings["documents"]:
+            raise ValueError(f"--documents {settings['documents']}: the column count says how "
+                             f"long the text is: leave --documents or that column out")
+        counts = np.array([fact.count for fact in facts])  # (F,)
+    counts = np.where(is_control, 0, counts)
+    if counts.sum() > MOST_SENTENCES:
+        raise ValueError(f"the counts make {counts.sum():,} sentences, the limit is "
+                         f"{MOST_SENTENCES:,}: lower them")
+    if not counts.any():
+        raise ValueError("no fact is in the text: lower --control, or raise the counts")
+    return counts
+
+
+def phrase(facts, sentences, rng):
+    """Numbers of facts -> draw(n) of write_facts: the next n, and a sentence of the text for each.
+    """
+    ahead = iter(facts.tolist())
+
+    def draw(n):
+        fact = np.fromiter(itertools.islice(ahead, n), np.int64)  # (n,)
+        return fact, sentences.first[fact] + rng.integers(sentences.trained[fact])  # (n,) both
+    return draw
+
+
+def possible_answers(facts):
+    """How many answers a relation has, the geometric mean over the facts: 2 to so many bits."""
+    answers = {}
+    for fact in facts:
+        answers.setdefault(fact.relation, set()).add(fact.answer)
+    bits = [math.log2(len(answers[fact.relation])) for fact in facts]
+    return 2 ** statistics.mean(bits)
 
 
 # ---- reading text
@@ -1425,14 +1816,19 @@ HELP_FACTS = {
     "val_documents": "sentences to validate on",
     "zipf_shift": "larger: people are named more evenly",
     "zipf_power": "0: all people are named equally often",
-    "control": "more people, who are never named",
     "seed": "of the random numbers",
+    "names": "shared: Rasia Westshaw, where others have these names, too; apart: Rasia of house "
+             "Westshaw; single: one word for each person",
+}
+HELP_OWN_FACTS = {
+    "longest": "most tokens of a sentence",
 }
 HELP_TEXT = {
     "vocab_size": "tokens of --tokenizer words",
     "separator": "what stands between documents; \\n is a line's end",
     "val_fraction": "part of the documents kept for validation",
-    "from_file": "local copies instead of downloads: train, then valid",
+    "from_file": "local copies instead of downloads: train, then valid. For facts of your own: "
+                 "FACTS.tsv, then PATTERNS.tsv",
     "downloads": "where downloads are kept",
     "workers": "threads that tokenise",
     "small": "only the small file, split for validation",
@@ -1465,9 +1861,21 @@ def make_parser():
     parser.add_argument("--tokenizer", choices=TOKENIZERS,
                         help="default for facts: words; for texts: gpt2")
     parser.add_argument("--force", action="store_true", help="replace a finished folder")
-    add_flags(parser.add_argument_group("facts"), make_facts, HELP_FACTS)
+    facts = parser.add_argument_group("facts")
+    add_flags(facts, make_facts, HELP_FACTS)
+    facts.add_argument("--control", type=number, help="more people, who are never named (200). "
+                       "With --from-file: the share of facts that are never in the text (0.025)")
+    add_flags(facts, make_own_facts, HELP_OWN_FACTS)
     add_flags(parser.add_argument_group("texts"), make_text, HELP_TEXT)
     return parser
+
+
+def number(text):
+    """"200" -> 200, "0.025" -> 0.025"""
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
 
 
 def add_flags(group, function, texts):
@@ -1492,7 +1900,12 @@ def prepare(argv):
     """Do what the command line asks for. Raises ValueError if it makes no sense."""
     given = vars(make_parser().parse_args(argv))
     source = given.pop("source")
-    make = make_facts if source == "facts" else functools.partial(make_text, source)
+    make = make_facts
+    if source != "facts":
+        make = functools.partial(make_text, source)
+    elif "from_file" in given:
+        make = make_own_facts
+        source = "facts --from-file"
     unfit = given.keys() - inspect.signature(make).parameters.keys()
     if unfit:
         raise ValueError(f"{flag(min(unfit))} is not for {source} (--help shows what there is)")

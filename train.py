@@ -99,7 +99,7 @@ PRESETS = {
     "facts": dict(
         n_layer=3, n_head=4, n_embd=64,
         mem_layers=(1,), mem_n_keys=128, mem_key_dim=16, mem_gate=False, qk_norm=False,
-        value_lr=4e-2, log_every=250),
+        value_lr=1.6e-1, log_every=250),
     "facts-gpu": dict(
         data="data/facts-gpu",
         n_layer=8, n_head=8, n_embd=512,
@@ -367,6 +367,14 @@ def write_text(path, text):
 
 def write_json(path, content):
     write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_arrays(path, **arrays):
+    """The same for a .npz file of numpy arrays."""
+    def write(part):
+        with open(part, "wb") as file:  # given a name, numpy would add .npz to it
+            np.savez_compressed(file, **arrays)
+    write_whole(path, write)
 
 
 # ---- batches
@@ -729,15 +737,56 @@ def ask_facts(model, facts, meta, read, rank=0, world=1, count=None):
         return dict(recall=right[chosen].mean())
     unseen, _ = model.answer(facts["unseen"][mine], facts["unseen_span"][mine])  # (each,)
     unseen = over_all_ranks(unseen)  # (F,)
+    # Facts of your own may have no unseen phrasing, or nothing that is kept out.
+    has_unseen = facts.get("has_unseen", np.ones(len(control), bool))  # (F,)
     bits = np.log2(meta["answers"]) * len(known) - nats[known].sum() / math.log(2)
     bits = max(0.0, bits)
     return dict(
         recall=right[known].mean(),
         recall_by_exposures=by_exposures(right[known], facts["exposures"][known] * read),
-        recall_control=right[control].mean(),
-        recall_unseen_phrasing=unseen[known].mean(),
+        recall_control=mean_or_none(right[control]),
+        recall_unseen_phrasing=mean_or_none(unseen[~control & has_unseen]),
         bits_stored=bits,
         bits_per_param=bits / model.param_counts()["total"])
+
+
+# How many windows of the text reads.npz tells of.
+WINDOWS_OF_READS = 2048
+
+
+@torch.no_grad()
+def count_readers(model, loader, count, ctx, rank=0, world=1):
+    """For each table, how many of `count` windows of the text read each slot: list of (S,) int64.
+
+    The windows are spread evenly over the text. sample.py compares with this what a few facts read:
+    the slots that they read and hardly anything else does are theirs.
+    """
+    count = min(count, loader.windows)
+    mine, real = share_out(count, rank, world)  # (each,), numbers of windows among count
+    at_once = min(64, max(2**14 // loader.T, 1))
+    device = next(model.parameters()).device
+    readers = [torch.zeros(len(table.values), dtype=torch.int64) for table in model.tables]
+    for i in range(0, len(mine), at_once):
+        x, _ = loader.window(mine[i:i + at_once] * loader.windows // count)  # (b, T)
+        with ctx:
+            reads = model.memory_reads(x.to(device))
+        for b in range(min(len(x), real - i)):
+            for table, slots in slots_by_table(model, reads).items():
+                readers[table][slots[b].unique()] += 1
+    return [sum_over_ranks(r.to(device)).cpu() for r in readers]
+
+
+def slots_by_table(model, reads):
+    """What model.memory_reads found -> {number of the table: slots (B, reads of a window)}."""
+    found = {}
+    for (_, layer), (_, slots, _) in zip(model.memories(), reads):
+        number = [table is layer.tables[0] for table in model.tables].index(True)
+        found.setdefault(number, []).append(slots.flatten(1).cpu().long())
+    return {number: torch.cat(parts, dim=1) for number, parts in found.items()}
+
+
+def mean_or_none(x):
+    return x.mean() if len(x) else None
 
 
 def by_exposures(right, exposures):
@@ -766,6 +815,10 @@ def usage(model):
 
 # ---- checkpoints
 
+# 2: layer norms. Before, norms were RMS norms, whose weights have the same names and shapes.
+CHECKPOINT_VERSION = 2
+
+
 def save_checkpoint(folder, model, optimizers, step, seconds, settings, line=None):
     """Write what load_checkpoint reads -> None, or what went wrong. All ranks call it.
 
@@ -786,8 +839,8 @@ def save_checkpoint(folder, model, optimizers, step, seconds, settings, line=Non
         remove_slices(folder, names, rank)
         return problem or OTHER_RANK
     if rank == 0:
-        state = dict(optimizer=optimizers[0].state_dict(), slices=names, step=step,
-                     seconds=seconds, settings=settings, line=line)
+        state = dict(version=CHECKPOINT_VERSION, optimizer=optimizers[0].state_dict(),
+                     slices=names, step=step, seconds=seconds, settings=settings, line=line)
         weights = model.state_dict().items()
         state["model"] = {name: p for name, p in weights if not name.endswith(".values")}
         if not names:
@@ -856,8 +909,13 @@ def load_checkpoint(folder, device="cpu", mesh=None, **changes):
                "another run")
     with reading(path, way_out):
         state = read_checkpoint(path)
+        settings = state["settings"]
+    if state.get("version") != CHECKPOINT_VERSION:
+        raise ValueError(f"{path} was saved by another version of this code, whose model is "
+                         f"another: {folder}/config.json names the commit that can read it")
+    with reading(path, way_out):
         saved = [read_checkpoint(path.with_name(name)) for name in state["slices"]] or [state]
-        settings = dict(state["settings"], mem_layers=tuple(state["settings"]["mem_layers"]))
+        settings = dict(settings, mem_layers=tuple(settings["mem_layers"]))
         # A setting that is newer than the checkpoint has its default.
         names = {f.name for f in dataclasses.fields(GPTConfig)}
         config = {name: settings[name] for name in names & settings.keys()} | changes
@@ -1012,8 +1070,9 @@ def report(result):
             bar = "#" * round(40 * row["recall"])
             lines.append(f"{exposure_label(row):>11s} {row['facts']:7d}   "
                          f"{100 * row['recall']:5.1f} %  {bar}")
-        control = 100 * result["recall_control"]
-        lines.append(f"people who are never named (control)   {control:.1f} %")
+        if result["recall_control"] is not None:
+            control = 100 * result["recall_control"]
+            lines.append(f"never in the text (control)  {control:5.1f} %")
     return "\n".join(lines)
 
 
@@ -1767,6 +1826,9 @@ class Run:
         was_saved = self.trainer.first_step == s.max_steps
         is_saved = was_saved or self.save(s.max_steps, line=line)
         known = self.evaluate(line, count=None)
+        trainer = self.trainer
+        readers = count_readers(trainer.model, trainer.loader, WINDOWS_OF_READS, trainer.ctx,
+                                trainer.rank, trainer.world)  # [] without a table
         if self.is_first_rank:
             self.log.add(line)
             self.log.close()
@@ -1780,13 +1842,20 @@ class Run:
             memory_usage=line["memory_usage"], memory_kl=line["memory_kl"], **known)
         if not self.is_first_rank:
             return
+        files = ["ckpt.pt", "result.json"]
+        if readers:
+            windows = min(WINDOWS_OF_READS, trainer.loader.windows)
+            arrays = {f"readers_{i}": r.numpy() for i, r in enumerate(readers)}
+            write_arrays(self.out / "reads.npz", windows=windows, **arrays)
+            files.append("reads.npz")
         write_json(self.out / "result.json", result)
         print(report(result), flush=True)
         problem = try_to_draw([self.out], self.out / "curves.png")
         if problem:
             warn(f"{problem}; the run is finished and saved, and --compare {self.out} draws it")
-        files = "ckpt.pt, result.json" if problem else "ckpt.pt, result.json, curves.png"
-        print(f"saved in {self.out}: {files}")
+        else:
+            files.append("curves.png")
+        print(f"saved in {self.out}: {', '.join(files)}")
 
 
 # How long ranks train, at most, until they look whether one of them was asked to stop. torchrun

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# More slots: 1,024 to 262,144, dense models of two widths, and fewer reads. Three seeds each.
-# 24 runs, of which facts.sh shares 6. About an hour and 40 minutes on two cores. Then compare them.
+# More slots: 1,024 to 262,144, beside dense models of three widths. And fewer reads. Three seeds.
+# 27 runs, of which baselines.sh shares 15. About an hour and a half on two cores. Then compare them.
 source "$(dirname "${BASH_SOURCE[0]}")/run.sh"
 
 for seed in 1 2 3; do
@@ -10,8 +10,10 @@ for seed in 1 2 3; do
     run facts-n256-$seed --mem-n-keys 256 --seed $seed
     run facts-n512-$seed --mem-n-keys 512 --seed $seed
     run facts-dense-$seed --ffn dense --seed $seed
-    run facts-dense-128-$seed --ffn dense --n-embd 128 --learning-rate 1.5e-3 --seed $seed
+    run facts-dense2-$seed --ffn dense --n-embd 96 --seed $seed
+    run facts-dense4-$seed --ffn dense --n-embd 144 --learning-rate 1.5e-3 --seed $seed
     run facts-k8-$seed --mem-topk 8 --seed $seed
 done
+finish
 $python train.py --compare out/facts-dense-[123] out/facts-n32-[123] out/facts-n64-[123] \
-    out/facts-memory-[123] out/facts-n256-[123] out/facts-n512-[123] out/facts-dense-128-[123]
+    out/facts-memory-[123] out/facts-n256-[123] out/facts-n512-[123] out/facts-dense4-[123]

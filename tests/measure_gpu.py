@@ -265,7 +265,7 @@ TRAINING = {  # what the report calls it: flags
     "Memory, 2^20 slots": ["--no-mem-gate", "--no-qk-norm", "--mem-n-keys", "1024"],
     "hashed memory, 2^20 slots": ["--ffn", "hash", "--mem-n-keys", "1024"],
     "PEER, 2^19 experts": ["--ffn", "peer", "--mem-dtype", "float32", "--mem-n-keys", "1024"],
-    "MoE, 256 experts": ["--ffn", "moe", "--mem-dtype", "float32", "--mem-n-keys", "1024"],
+    "MoE, 1,024 experts": ["--ffn", "moe", "--mem-dtype", "float32", "--mem-n-keys", "1024"],
 }
 WARM_UP = 3  # steps that are not timed
 LEAST_STEPS = 5

@@ -22,10 +22,11 @@ def make_model(**settings):
 
 
 def save(model, folder, /, **changes):
-    """A checkpoint, written by hand, of one process: the layout has not changed since version 1."""
+    """A checkpoint, written by hand, of one process."""
     settings = dataclasses.asdict(model.config) | dict(seed=7)  # of the training, too
     weights = model.state_dict().items()
     state = dict(
+        version=2,
         model={name: p for name, p in weights if not name.endswith(".values")},
         tables=[dict(values=table.values.detach()) for table in model.tables],
         slices=[], settings=settings, optimizer={}, step=3, seconds=1.0)
@@ -46,7 +47,7 @@ def test_load(kind, tmp_path):
         assert loaded.head.weight is loaded.wte.weight
 
 
-# ---- checkpoints of the version before: without the setting `backend`
+# ---- checkpoints that are older than some of the settings
 
 OLD_KINDS = KINDS | {"Memory+ in bfloat16": PLUS | dict(mem_dtype="bfloat16")}
 TOKENS = torch.randint(37, (4, 17), generator=torch.Generator().manual_seed(0))
@@ -72,11 +73,12 @@ def take_step(model, optimizers):
 
 
 def old_layout(model, optimizers, s):
-    """What GPT.save of commit 5ffa84a wrote -> (ckpt.pt of one process, without tables; tables)."""
+    """A checkpoint by hand, without two settings -> (ckpt.pt without the tables, the tables)."""
     settings = dataclasses.asdict(s)
     del settings["backend"]
     del settings["init_from"]
     state = dict(
+        version=2,
         model={name: p for name, p in model.state_dict().items() if not name.endswith(".values")},
         optimizer=optimizers[0].state_dict(),
         slices=[],
@@ -267,6 +269,14 @@ class Attack:
 
     def __reduce__(self):
         return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("version", [None, 1, 3])
+def test_load_refuses_another_version(version, tmp_path):
+    """Version 1 had RMS norms. Its weights would fit, and mean something else."""
+    save(make_model(), tmp_path, version=version)
+    with pytest.raises(ValueError, match="another version of this code.*config.json names the"):
+        load_checkpoint(tmp_path)
 
 
 def test_load_runs_no_code(tmp_path):

@@ -9,7 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from memory import MemoryTable, ProductKeyMemory, brute_force_topk, product_key_topk
+from memory import (
+    PEER,
+    HashedMemory,
+    MemoryTable,
+    MixtureOfExperts,
+    ProductKeyMemory,
+    brute_force_topk,
+    product_key_topk,
+)
 
 
 def close(got, want, tolerance=1e-5):
@@ -227,20 +235,20 @@ def test_a_seed_decides_the_values():
     assert (tables[2].values != before).all(), "init_weights draws every value anew"
 
 
-def test_init_false_leaves_the_weights_unset():
-    """torch then fills new memory with NaN, so we see what nobody has set."""
+def test_every_layer_draws_its_own_weights():
+    """torch fills new memory with NaN here, so we see what nobody has set."""
     torch.use_deterministic_algorithms(True)
     try:
-        table = MemoryTable(6, 12, init=False)
-        layer = ProductKeyMemory(12, table, topk=4, init=False)
+        table = MemoryTable(6, 12)
+        layers = [ProductKeyMemory(12, table, topk=4), HashedMemory(12, table),
+                  PEER(12, MemoryTable(6, 24), topk=4), MixtureOfExperts(12, 8, 5, 2)]
     finally:
         torch.use_deterministic_algorithms(False)
-    assert table.values.isnan().all()
-    assert layer.half_keys.isnan().all()
-    table.init_weights()
-    layer.init_weights()
     assert table.values.isfinite().all()
-    assert layer.half_keys.isfinite().all()
+    for layer in layers:
+        for name, p in layer.named_parameters():
+            assert p.isfinite().all(), name
+            assert p.std() > 0, name
 
 
 class TwoLayers(torch.nn.Module):

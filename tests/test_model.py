@@ -83,7 +83,7 @@ def test_rotary_sees_distance_only():
     hs = 8
     positions = 50
     cos, sin = rotary(hs, positions, "cpu")
-    assert cos.shape == sin.shape == (positions, hs // 2)
+    assert cos.shape == sin.shape == (positions, hs)
     # The same query and the same key at every position.
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, hs).expand(2, 1, 1, positions, hs)  # (1, 1, T, hs) both

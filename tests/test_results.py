@@ -18,7 +18,8 @@ import train
 RUNS = report.load()
 RESULTS = (ROOT / "docs" / "results.md").read_text("utf-8")
 PARALLEL = (ROOT / "docs" / "parallel.md").read_text("utf-8")
-SCRIPTS = ["facts.sh", "slots.sh", "tuning.sh", "bfloat16.sh", "two_ranks.sh"]
+SCRIPTS = ["baselines.sh", "names.sh", "tune.sh", "slots.sh", "variants.sh", "bfloat16.sh",
+           "two_ranks.sh"]
 
 
 def plain(text):
@@ -44,18 +45,39 @@ def says(text, *sentences):
 
 @pytest.mark.parametrize("file, table", [
     (file, table) for file, tables in report.TABLES.items() for table in tables])
-def test_the_tables_are_what_report_prints(file, table):
-    assert table(RUNS) in (ROOT / file).read_text("utf-8")
+def test_the_tables_are_what_report_writes(file, table):
+    text = (ROOT / file).read_text("utf-8")
+    assert report.with_table(text, table, RUNS) == text
+
+
+def test_a_table_replaces_the_old_one():
+    def a_table(runs):
+        return "new " + runs
+
+    text = "before\n<!-- report: a_table -->\nold\n<!-- report: end -->\nafter"
+    want = "before\n<!-- report: a_table -->\nnew runs\n<!-- report: end -->\nafter"
+    assert report.with_table(text, a_table, "runs") == want
+    assert report.with_table(want, a_table, "runs") == want
+    with pytest.raises(ValueError, match="has no <!-- report: a_table -->"):
+        report.with_table("nothing", a_table, "runs")
+
+
+def test_a_sentence_that_no_longer_holds_is_refused():
+    worse = {name: dict(run, recall=0.01) if name.startswith("facts-memory") else run
+             for name, run in RUNS.items()}
+    with pytest.raises(ValueError, match="must be written anew: hash, Memory, PEER, MoE, dense"):
+        report.main_text(worse)
 
 
 def test_every_kind_has_three_seeds():
-    for kind in (report.MAIN | report.SLOTS | report.DENSE).values():
-        assert len(report.seeds(RUNS, kind)) == 3
+    for title, kind in (report.MAIN | report.SLOTS | report.DENSE).items():
+        assert len(report.seeds(RUNS, kind)) >= 3, title
 
 
 def test_what_the_first_command_prints():
     run = RUNS["facts-memory-1337"]
-    run = {k: v for k, v in run.items() if k not in ("vocab_size", "block_size", "max_steps")}
+    added = ("vocab_size", "block_size", "max_steps", *report.RATES)  # by report.collect
+    run = {k: v for k, v in run.items() if k not in added}
     assert train.read_settings([])[0].seed == run["seed"]
     assert f"\n{train.report(run)}\n" in RESULTS
 
@@ -69,100 +91,60 @@ def test_the_costs_of_parallel_memory_are_those_the_script_prints(tmp_path):
 
 # ---- claims
 
-def test_dense_gets_no_fewer_flops():
-    dense = {mean(kind, "flops_per_token") for kind in ("facts-dense", "facts-dense-long")}
-    smaller = ["facts-memory", "facts-plus", *list(report.SLOTS.values())[:-1]]
-    memory = {mean(kind, "flops_per_token") for kind in smaller}
-    assert len(dense) == 1
-    assert min(dense) >= max(memory)
-    more = mean("facts-n512", "flops_per_token") / min(dense) - 1
-    wide = mean("facts-dense-128", "flops_per_token") / min(dense)
-    says(RESULTS, f"512 (with which it takes {more:.0%} more FLOPs than dense)",
-         f"The wide one takes {wide:.1f} times the FLOPs")
+def test_the_rivals_are_matched():
+    """Within 3% of the memory model's parameters, and at most 1.1 times dense FLOPs; measured."""
+    memory = RUNS["facts-memory-1"]["params"]["total"]
+    dense = mean("facts-dense", "flops_per_token")
+    for title in ("MoE", "hash", "PEER", "Memory", "Memory+"):
+        run = RUNS[f"{report.MAIN[title]}-1"]
+        assert run["params"]["total"] == pytest.approx(memory, rel=0.03), title
+        assert run["flops_per_token"] <= 1.1 * dense, title
+    assert mean("facts-dense2", "flops_per_token") >= 2 * dense
+    assert mean("facts-dense4", "flops_per_token") >= 4 * dense
 
 
-def test_what_it_claims_of_recall():
-    memory, plus, dense, long = (mean(kind, "recall") for kind in report.MAIN.values())
-    assert memory > long and memory >= 1.7 * dense
-    pairs = zip(report.values(RUNS, "facts-memory", "recall"),
-                report.values(RUNS, "facts-plus", "recall"))
-    assert all(a > b for a, b in pairs), "in each of the three seeds"
-    says(RESULTS,
-         f"the memory layer recalls {memory / dense:.1f} times as many facts as the dense model",
-         f"recalls {plus / dense:.1f} times as many.",
-         f"Memory still recalls {memory / long:.1f} times as many facts, Memory+ "
-         f"{plus / long:.1f} times.",
-         f"Memory+ recalls less than Memory here ({plus:.3f} and {memory:.3f}).",
-         f"at equal time the gain falls from {memory / dense:.1f} to {memory / long:.1f} times")
+def test_equal_time_is_no_less():
+    long = report.training_time(RUNS, "dense", "facts-dense-long")
+    memory = report.training_time(RUNS, "Memory", "facts-memory")
+    assert float(long) >= float(memory)
 
 
-def test_what_it_claims_of_time():
-    long = mean("facts-dense-long", "seconds")
-    memory = mean("facts-memory", "seconds")
-    assert long >= 0.9 * memory
-    says(RESULTS, f"This took it {long:.0f} s; the memory model took {memory:.0f} s.")
-    passes = RUNS["facts-dense-long-1"]["tokens"] / RUNS["facts-dense-1"]["tokens"]
-    says(RESULTS, f"reads the corpus {passes:.1f} times")
+def test_the_goals_of_the_study():
+    memory = mean("facts-memory", "recall")
+    assert memory >= 2.5 * mean("facts-dense", "recall"), "at equal tokens"
+    assert memory >= 1.8 * mean("facts-dense-long", "recall"), "at equal time"
+    assert mean("facts-n256", "recall") >= mean("facts-dense4", "recall")
+
+
+def test_facts_that_were_read_often_are_known_and_once_are_not():
+    for kind in ("facts-memory", "facts-dense", "facts-hash", "facts-dense4"):
+        for result in report.seeds(RUNS, kind):
+            assert report.recall_at(result, 64) > 0.97
+    for result in report.seeds(RUNS, "facts-memory"):
+        assert report.recall_at(result, 1) < 0.08
 
 
 def test_more_slots_recall_more_in_every_seed():
-    kinds = ["facts-dense", *report.SLOTS.values()]
-    recall = [report.values(RUNS, kind, "recall") for kind in kinds]
-    for few, more in zip(recall[1:], recall[2:]):
+    recall = [report.values(RUNS, kind, "recall") for kind in report.SLOTS.values()]
+    for few, more in zip(recall, recall[1:]):
         assert max(few) < min(more)
 
 
-def test_what_it_claims_of_slots():
-    dense = mean("facts-dense", "recall")
-    wide = mean("facts-dense-128", "recall")
-    more = mean("facts-n256", "recall")
-    most = mean("facts-n512", "recall")
-    total = {kind: RUNS[f"{kind}-1"]["params"]["total"]
-             for kind in ("facts-dense", "facts-n256", "facts-n512")}
-    once = [report.spread([report.recall_at(r, 1) for r in report.seeds(RUNS, kind)], 3)
-            for kind in ("facts-n512", "facts-dense")]
-    dense_once = once[1].split()[0]
-    says(RESULTS,
-         f"with 65,536 slots the model recalls {more / dense:.1f} times as many facts as the dense "
-         f"model of the same FLOPs, {more / wide:.1f} times as many as the one twice as wide",
-         f"It is {most / dense:.1f} and {most / wide:.1f} times with 262,144 slots",
-         f"262,144 slots recall {once[0]}, the dense model {dense_once}.",
-         f"{total['facts-n256'] / total['facts-dense']:.0f} times the dense model's with 65,536 "
-         f"slots, {total['facts-n512'] / total['facts-dense']:.0f} times with 262,144, of which a "
-         f"step reads {100 * mean('facts-n512', 'memory_usage'):.0f}%",
-         f"store {mean('facts-n256', 'bits_per_param'):.3f} and "
-         f"{mean('facts-n512', 'bits_per_param'):.3f} bits in each parameter")
-
-
-def test_what_it_claims_of_fewer_reads():
-    dense = mean("facts-dense", "recall")
-    gain = (mean("facts-k8", "recall") - dense) / (mean("facts-memory", "recall") - dense)
-    says(RESULTS, f"`--mem-topk 8` recalls {spread('facts-k8', 'recall', 3)}: {gain:.0%} of the "
-                  f"gain over dense")
-
-
-def test_what_it_claims_of_tuning():
-    names = ("1", "lr3e-3", "lr7.5e-4")
-    wide = [RUNS[f"facts-dense-128-{name}"]["recall"] for name in names]
-    assert max(wide) == wide[0]
-    says(RESULTS, f"1.5e-3 ({wide[0]:.3f} with seed 1; 3e-3: {wide[1]:.3f}, "
-                  f"7.5e-4: {wide[2]:.3f})")
-    deviations = [statistics.stdev(report.values(RUNS, kind, "recall"))
-                  for kind in ("facts-memory", "facts-plus", "facts-dense")]
-    memory, plus, dense = deviations
-    says(RESULTS, f"Memory spreads by {memory:.3f}, Memory+ by {plus:.3f}, dense by {dense:.3f}")
-    # Every run of one seed that is in the data stands in the table.
-    single = {name for name in RUNS if not name.startswith("facts-")}
-    assert single < set(report.TRIED.values())
-
-
-def test_what_it_claims_of_bfloat16():
-    says(RESULTS, f"over three seeds {spread('facts-bf16', 'recall', 3)} recalled "
-                  f"(float32: {spread('facts-plus-2e-2', 'recall', 3)})")
+def test_the_best_rates_are_those_of_the_study():
+    """Of all runs of a kind that differ in their rates, seed 1 of the study recalls the most."""
+    for kind, _ in report.TUNED.values():
+        best = RUNS[f"facts-{kind}-1"]["recall"]
+        tried = [run["recall"] for name, run in RUNS.items() if name.startswith(f"tune-{kind}-")]
+        # Two rates that differ by less than seeds do are as good.
+        spread = statistics.stdev(report.values(RUNS, f"facts-{kind}", "recall"))
+        assert all(best >= recall - spread for recall in tried), kind
 
 
 def test_two_processes_learn_the_same():
-    one = report.values(RUNS, "facts-memory", "recall")
+    if "facts-2ranks-3" not in RUNS:
+        assert f"| two processes | {report.NOT_YET} |" in PARALLEL
+        return
+    one = report.values(RUNS, "facts-memory", "recall")[:3]
     two = report.values(RUNS, "facts-2ranks", "recall")
     assert abs(statistics.mean(one) - statistics.mean(two)) < statistics.stdev(one)
 
@@ -204,7 +186,7 @@ def started(commands):
     """The runs that commands begin: name -> flags of train.py without --out-dir."""
     found = {}
     for words in commands:
-        if "--compare" in words:
+        if "train.py" not in words or "--compare" in words:
             continue
         flags = words[words.index("train.py") + 1:]
         at = flags.index("--out-dir")
@@ -218,24 +200,37 @@ def test_the_scripts_make_all_runs_of_the_results(script):
     found = {}
     for name in SCRIPTS:
         found |= started(script(name))
-    assert found.keys() == RUNS.keys() - {"facts-memory-1337"}
-    for name, flags in found.items():
+    assert RUNS.keys() - {"facts-memory-1337"} <= found.keys()
+    # What is still to be run is named.
+    missing = sorted(found.keys() - RUNS.keys())
+    named = re.search(r"Not run yet: (.*?)\.\n\n", RESULTS, re.DOTALL)
+    assert missing == (re.findall(r"`([^`]+)`", named[1]) if named else [])
+    corpora = {}
+    for name in RUNS.keys() & found.keys():
+        flags = found[name]
         s, preset, resume, runs = train.read_settings(flags)
         run = RUNS[name]
-        corpus = RUNS["facts-memory-1337"]
         assert (preset, resume, runs) == ("facts", False, None)
         assert (s.seed, s.ffn) == (run["seed"], run["ffn"])
-        s.vocab_size = corpus["vocab_size"]
-        s.block_size = corpus["block_size"]
+        s.vocab_size = run["vocab_size"]
+        s.block_size = run["block_size"]
+        size = corpora.setdefault(s.data, (s.vocab_size, s.block_size))
+        assert size == (s.vocab_size, s.block_size), "one corpus has one size"
         assert s.max_steps * s.batch_size * s.block_size == run["tokens"]
         model = train.GPT(s)
         assert model.param_counts() == run["params"], name
         assert model.flops_per_token() == run["flops_per_token"], name
+        # The rate of a table or of experts, where there are any.
+        idle = {"value_lr"} if s.ffn in ("dense", "moe") else set()
+        if s.ffn != "moe":
+            idle.add("expert_lr")
+        for rate in set(report.RATES) - idle:
+            assert getattr(s, rate) == run[rate] or run.get("older"), name
 
 
 def test_a_script_stops_when_a_run_fails(script):
     (script.folder / "stub").write_text(STUB + "exit 3\n")
-    assert len(script("facts.sh", code=3)) == 1
+    assert len(script("baselines.sh", code=3)) == 1
 
 
 def test_two_ranks_launches_two_processes(script):
@@ -263,14 +258,16 @@ def test_report_collects(tmp_path, monkeypatch):
     for name, finished in (("new-1", True), ("begun-1", False)):
         folder = tmp_path / "out" / name
         folder.mkdir(parents=True)
-        settings = dict(vocab_size=10, block_size=9, max_steps=8, seed=1)
+        settings = dict(vocab_size=10, block_size=9, max_steps=8, seed=1, learning_rate=1e-3,
+                        value_lr=1e-2, expert_lr=1e-3)
         (folder / "config.json").write_text(json.dumps(dict(settings=settings)))
         if finished:
             (folder / "result.json").write_text(json.dumps(dict(recall=0.25)))
     assert report.collect(tmp_path / "out") == ["new-1"]
     assert json.loads((tmp_path / "facts.json").read_text()) == {
         "old-1": dict(recall=0.5),
-        "new-1": dict(recall=0.25, vocab_size=10, block_size=9, max_steps=8)}
+        "new-1": dict(recall=0.25, vocab_size=10, block_size=9, max_steps=8, learning_rate=1e-3,
+                      value_lr=1e-2, expert_lr=1e-3)}
 
 
 @pytest.mark.parametrize("draw_into", [report.draw_facts, report.draw_slots])
@@ -283,7 +280,7 @@ def test_the_pictures_show_means_and_bands(draw_into, tmp_path):
     ax, = figure.axes
     assert len(ax.lines) == len(ax.collections) >= 3, "a band for each line"
     names = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert all(re.match("Memory|Dense", name) for name in names)
+    assert all(re.match("Memory|Dense|PEER|Hashed|Mixture", name) for name in names)
     assert ax.get_xlabel() and ax.get_ylabel() == "facts recalled"
 
 

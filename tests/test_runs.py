@@ -21,10 +21,12 @@ import train
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "runs"))
 import report
+import time_steps
 
 RESULTS = (ROOT / "docs" / "results.md").read_text("utf-8")
 # Script: how many runs it makes.
-SCRIPTS = {"facts.sh": 12, "slots.sh": 24, "tuning.sh": 19, "bfloat16.sh": 6, "two_ranks.sh": 3}
+SCRIPTS = {"baselines.sh": 36, "names.sh": 18, "tune.sh": 29, "slots.sh": 27, "variants.sh": 5,
+           "bfloat16.sh": 6, "two_ranks.sh": 3}
 STUB = """#!/usr/bin/env bash
 echo "$@" >> "$CALLS"
 """
@@ -45,23 +47,24 @@ class Runs:
         python.chmod(0o755)
         self.env = dict(os.environ, PYTHON=str(python), CALLS=str(self.calls))
 
-    def start(self, script):
+    def start(self, script, **env):
         self.calls.write_text("")
 
         def take_ctrl_c():  # even if the tests themselves run in the background
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-        return subprocess.Popen(["bash", f"copy/runs/{script}"], env=self.env, cwd=self.folder,
+        return subprocess.Popen(["bash", f"copy/runs/{script}"], env=self.env | env,
+                                cwd=self.folder,
                                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                                 start_new_session=True, preexec_fn=take_ctrl_c)
 
-    def trainings(self, script, status=0):
+    def trainings(self, script, status=0, **env):
         """Run a script to its end -> the trainings it asked for, as {name of the run: call}."""
-        process = self.start(script)
+        process = self.start(script, **env)
         _, errors = process.communicate(timeout=60)
         assert process.returncode == status, errors
         found = {}
         for call in self.calls.read_text().splitlines():
-            if "--compare" not in call:
+            if "train.py" in call and "--compare" not in call:
                 found[re.search(r"--out-dir out/(\S+)", call)[1]] = call
         return found
 
@@ -79,8 +82,12 @@ def test_results_says_how_many_runs_a_script_makes(tmp_path, script, count):
 
 def test_results_says_how_many_runs_two_scripts_share(tmp_path):
     runs = Runs(tmp_path)
-    shared = runs.trainings("facts.sh").keys() & runs.trainings("slots.sh").keys()
-    assert f"24, of which {len(shared)} are shared with facts.sh" in RESULTS
+    main = runs.trainings("baselines.sh").keys()
+    for script, count in SCRIPTS.items():
+        shared = main & runs.trainings(script).keys()
+        if shared and script != "baselines.sh":
+            line = next(line for line in RESULTS.splitlines() if f"`bash runs/{script}`" in line)
+            assert f"| {count}, of which {len(shared)} are shared with baselines.sh |" in line
 
 
 def test_the_flags_in_the_table_of_what_was_tried(tmp_path):
@@ -88,13 +95,50 @@ def test_the_flags_in_the_table_of_what_was_tried(tmp_path):
     calls = {}
     for script in SCRIPTS:
         calls |= runs.trainings(script)
-    for words, name in report.TRIED.items():
-        flags = "" if words.startswith("the default") else words.split("`")[1]
+    for words, name in report.VARIANTS.items():
+        flags = "" if words == "the default" else words.split("`")[1]
         expected = settings_of(f"{flags} --seed 1 --out-dir out/{name}")
         assert settings_of(calls[name].split("train.py ", 1)[1]) == expected, name
-    default = next(words for words in report.TRIED if words.startswith("the default"))
-    flags = " ".join(re.findall(r"`([^`]+)`", default))
-    assert settings_of(f"{flags} --learning-rate 3e-3") == settings_of("")
+
+
+def test_the_models_that_are_timed_are_those_of_the_runs(tmp_path):
+    """tests/time_steps.py --study times what the scripts train, rates and seeds aside."""
+    runs = Runs(tmp_path)
+    calls = {}
+    for script in SCRIPTS:
+        calls |= runs.trainings(script)
+    kinds = report.MAIN | {"Memory, K = 8": "facts-k8", "Memory+, bfloat16": "facts-bf16"}
+    kinds |= {f"Memory, {slots} slots": kind for slots, kind in report.SLOTS.items()}
+    for title, flags in time_steps.STUDY.items():
+        settings = [settings_of(calls[f"{kinds[title]}-1"].split("train.py ", 1)[1]),
+                    settings_of(shlex.join(flags))]
+        for s in settings:
+            s.seed = s.out_dir = s.learning_rate = s.value_lr = s.expert_lr = None
+        assert settings[0] == settings[1], title
+
+
+def test_several_runs_at_a_time(tmp_path):
+    """JOBS=3: all runs, in the order of the script, and what they print is in out/NAME.txt."""
+    runs = Runs(tmp_path, STUB + "echo printed with $OMP_NUM_THREADS threads\n")
+    one_by_one = runs.trainings("two_ranks.sh") | runs.trainings("variants.sh")
+    assert runs.trainings("variants.sh", JOBS="3").items() <= one_by_one.items()
+    for name in one_by_one:
+        if name.startswith("variant"):
+            assert "threads" in (runs.out / f"{name}.txt").read_text()
+
+
+def test_a_run_that_fails_stops_those_beside_it(tmp_path):
+    stub = STUB + """case "$@" in *variant-h2-k64*) sleep 1; exit 3;; esac
+trap 'echo asked to stop >> "$CALLS"; exit 143' TERM
+sleep 20 &
+wait
+"""
+    runs = Runs(tmp_path, stub)
+    process = runs.start("variants.sh", JOBS="2")
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 3, errors
+    calls = runs.calls.read_text().splitlines()
+    assert len(calls) == 3 and calls[-1] == "asked to stop"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -115,14 +159,15 @@ def test_finished_runs_are_skipped_and_begun_ones_go_on(tmp_path, script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_stops_when_a_run_is_interrupted(tmp_path, script):
     runs = Runs(tmp_path, STUB + "exit 130\n")  # as train.py does when it has saved
-    assert len(runs.trainings(script, status=130)) == 1
+    runs.trainings(script, status=130)
+    assert len(runs.calls.read_text().splitlines()) == 1
 
 
 def test_ctrl_c_stops_a_script(tmp_path):
     # Even if the run that gets it ends in good order.
     runs = Runs(tmp_path, "#!/usr/bin/env bash\ntrap 'exit 0' INT\n"
                           "echo \"$@\" >> \"$CALLS\"\nsleep 20 &\nwait\n")
-    process = runs.start("facts.sh")
+    process = runs.start("baselines.sh")
     end = time.monotonic() + 20
     while not runs.calls.read_text() and time.monotonic() < end:
         time.sleep(0.02)

@@ -447,7 +447,7 @@ def test_help_says_what_the_default_run_does(capsys):
     with pytest.raises(SystemExit):
         train.read_settings(["--help"])
     said = " ".join(capsys.readouterr().out.split())
-    for words in ("0: n_embd / 2 (16)", "Memory+ (False)", "memory table's values (0.04)"):
+    for words in ("0: n_embd / 2 (16)", "Memory+ (False)", "memory table's values (0.16)"):
         assert words in said
 
 
@@ -1017,7 +1017,7 @@ def test_time_steps_takes_the_steps_of_a_run(data, tmp_path):
 
 
 def test_time_steps_prints_a_table(data, capsys):
-    time_steps.main([*TINY, "--data", str(data)], seconds=0, warm_up=1)
+    time_steps.main([*TINY, "--data", str(data), "--seconds", "0"], warm_up=1)
     title, dense, memory, memory_plus, *rivals = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in rivals] == ["hash", "PEER", "MoE"]
     assert "of 12 rounds" in title

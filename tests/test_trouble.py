@@ -350,7 +350,7 @@ def test_a_picture_that_fails_costs_nothing_else(here, monkeypatch, capfd):
     assert output.err == (
         "train.py: no picture out/new/curves.png (ImportError: no matplotlib); the run is finished "
         "and saved, and --compare out/new draws it\n")
-    assert "saved in out/new: ckpt.pt, result.json\n" in output.out
+    assert "saved in out/new: ckpt.pt, result.json, reads.npz\n" in output.out
     assert last_step(Path("out/new")) == 2
     assert "no picture" in refusal("train.py --compare out/new", capfd)
 

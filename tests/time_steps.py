@@ -1,14 +1,19 @@
 """
-How much longer does a training step take with memory? Steps of three models, in turn.
+How much longer does a training step take with memory? Steps of several models, in turn.
 
     python tests/time_steps.py                    # dense, memory and its rivals, default size
     python tests/time_steps.py openwebtext --data data/web --batch-size 128     # compiled, on a GPU
+    python tests/time_steps.py --study --json assets/steps.json     # all models of docs/results.md
+    python tests/time_steps.py --nanogpt ../nanoGPT/model.py        # beside nanoGPT's own GPT
 
-In turn, so that a machine whose speed changes from minute to minute is as fast for each. It takes
-any preset and flags of train.py; the data must be there (python train.py makes that of the facts).
-Each model takes the steps that it would take in train.py.
+In turn, so that a machine whose speed changes from minute to minute is as fast for each. --seconds
+says how long it measures (60). It takes any preset and flags of train.py; the data must be there
+(python train.py makes that of the facts). Each model takes the steps it would take in train.py.
 """
+import argparse
+import importlib.util
 import itertools
+import json
 import math
 import statistics
 import sys
@@ -28,6 +33,17 @@ KINDS = {
     "PEER": ["--ffn", "peer"],
     "MoE": ["--ffn", "moe"],
 }
+# What else docs/results.md reports.
+STUDY = KINDS | {
+    "dense, 2 x FLOPs": ["--ffn", "dense", "--n-embd", "96"],
+    "dense, 4 x FLOPs": ["--ffn", "dense", "--n-embd", "144"],
+    "Memory, 1,024 slots": ["--mem-n-keys", "32"],
+    "Memory, 4,096 slots": ["--mem-n-keys", "64"],
+    "Memory, 65,536 slots": ["--mem-n-keys", "256"],
+    "Memory, 262,144 slots": ["--mem-n-keys", "512"],
+    "Memory, K = 8": ["--mem-topk", "8"],
+    "Memory+, bfloat16": ["--mem-gate", "--qk-norm", "--mem-dtype", "bfloat16"],
+}
 LEAST_ROUNDS = 12
 
 
@@ -39,6 +55,32 @@ def trainer(argv):
     run = train.Trainer(s, meta, device)
     numbers = itertools.count()
     return run, lambda: run.step(next(numbers))
+
+
+class NanoGPT(torch.nn.Module):
+    """nanoGPT's model of our dense model's size, to be trained by our Trainer."""
+
+    def __init__(self, path, s):
+        super().__init__()
+        spec = importlib.util.spec_from_file_location("nanogpt", path)
+        nanogpt = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(nanogpt)
+        self.gpt = nanogpt.GPT(nanogpt.GPTConfig(
+            block_size=s.block_size, vocab_size=s.vocab_size, n_layer=s.n_layer, n_head=s.n_head,
+            n_embd=s.n_embd, dropout=s.dropout, bias=False))
+        self.tables = []
+
+    def forward(self, x, y):
+        return self.gpt(x, y)
+
+
+def nanogpt_step(path, argv):
+    """The function that takes the next step of nanoGPT's GPT. path: of its model.py."""
+    run, step = trainer(["--ffn", "dense", *argv])
+    run.model = NanoGPT(path, run.s).to(run.device)
+    run.net = run.wrap()
+    run.optimizers, run.dense = train.make_optimizers(run.model, run.s)
+    return step
 
 
 def time_in_turn(steps, seconds, warm_up):
@@ -64,17 +106,42 @@ def time_in_turn(steps, seconds, warm_up):
     return ms
 
 
-def main(argv, seconds=60, warm_up=8):
-    steps = {kind: trainer([*flags, *argv])[1] for kind, flags in KINDS.items()}
-    ms = time_in_turn(steps, seconds, warm_up)
-    print(f"ms a step, median [quartiles] of {len(ms['dense'])} rounds · in each round, how many "
-          f"times as long as dense")
+def quartiles(ms):
+    """{kind: ms of each round} -> {kind: its quartiles, and those of the ratio to dense}."""
+    found = {}
     for kind, times in ms.items():
-        low, middle, high = statistics.quantiles(times, n=4)
         ratios = [t / d for t, d in zip(times, ms["dense"])]
-        ratio_low, ratio, ratio_high = statistics.quantiles(ratios, n=4)
-        print(f"{kind:10s}{middle:9.2f} [{low:8.2f}, {high:8.2f}]"
+        found[kind] = dict(rounds=len(times), ms=statistics.quantiles(times, n=4),
+                           ratio=statistics.quantiles(ratios, n=4))
+    return found
+
+
+def read_flags(argv):
+    """-> what is meant for this script, and the rest, which is for train.py."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--study", action="store_true")
+    parser.add_argument("--nanogpt")
+    parser.add_argument("--json")
+    parser.add_argument("--seconds", type=float, default=60)
+    return parser.parse_known_args(argv)
+
+
+def main(argv, warm_up=8):
+    ours, argv = read_flags(argv)
+    kinds = STUDY if ours.study else KINDS
+    steps = {kind: trainer([*flags, *argv])[1] for kind, flags in kinds.items()}
+    if ours.nanogpt:
+        steps["nanoGPT"] = nanogpt_step(ours.nanogpt, argv)
+    found = quartiles(time_in_turn(steps, ours.seconds, warm_up))
+    print(f"ms a step, median [quartiles] of {found['dense']['rounds']} rounds · in each round, "
+          f"how many times as long as dense")
+    for kind, row in found.items():
+        low, middle, high = row["ms"]
+        ratio_low, ratio, ratio_high = row["ratio"]
+        print(f"{kind:22s}{middle:9.2f} [{low:8.2f}, {high:8.2f}]"
               f"{ratio:9.2f} [{ratio_low:.2f}, {ratio_high:.2f}]")
+    if ours.json:
+        Path(ours.json).write_text(json.dumps(found, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,541 @@
+"""
+sample.py looks into a memory, takes parts of it away, teaches it and makes it forget.
+
+Four tiny runs that know some facts: Memory, Memory+ with two layers that have a table each, PEER
+and hash; and a dense one.
+"""
+import contextlib
+import copy
+import json
+import math
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import prepare_data
+import sample
+import train
+from train import load_checkpoint
+
+SMALL = ("--n-layer 2 --n-embd 32 --n-head 2 --mem-n-keys 16 --mem-topk 4 --mem-heads 2 "
+         "--batch-size 64 --max-steps 500 --warmup-steps 10 --learning-rate 1e-2 "
+         "--value-lr 4e-2 --device cpu")
+pytestmark = pytest.mark.slow
+
+RUNS = {
+    "memory": "--mem-layers 1 --no-mem-gate --no-qk-norm",
+    "two": "--mem-layers 0,1 --mem-gate --qk-norm --no-mem-share",
+    "peer": "--mem-layers 1 --ffn peer",
+    "hash": "--mem-layers 1 --ffn hash",
+    "dense": "--ffn dense",
+}
+WITH_TABLES = [name for name in RUNS if name != "dense"]
+NEW = """relation\tsubject\tanswer
+birth\tKelbel Alderbeck\t{answer}
+birth\tKelbin Alderby\t{answer}
+"""
+PATTERNS = """relation\tpattern
+birth\t{subject} was born in {answer}.
+birth\t{subject} comes from {answer}.
+birth\tThe hometown of {subject} is {answer}.
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A folder with the run folders. Tests read them only."""
+    base = tmp_path_factory.mktemp("inside")
+    facts = str(base / "facts")
+    prepare_data.make_facts(facts, people=40, control=4, documents=32_000, val_documents=20,
+                            zipf_power=0.3)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "draw", lambda folders, path: None)
+        for name, flags in RUNS.items():
+            argv = ["--data", facts, "--out-dir", str(base / name), *SMALL.split(), *flags.split()]
+            assert train.main(argv) == 0
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return base
+
+
+@pytest.fixture
+def say(base, capsys):
+    """Run sample.py on a run -> what it prints. A status other than 0 gives the error line."""
+    def run(name, *flags):
+        capsys.readouterr()
+        status = sample.main([str(base / name), *map(str, flags), "--device", "cpu"])
+        shown = capsys.readouterr()
+        assert "Traceback" not in shown.err
+        if status:
+            assert shown.err.splitlines()[-1].startswith("sample.py: ")
+            return shown.err
+        return shown.out
+    return run
+
+
+def loaded(base, name, *flags):
+    args = sample.read_args([str(base / name), *map(str, flags), "--device", "cpu"])
+    return *sample.load(args)[:2], args
+
+
+def somebody(base):
+    """The name that stands in the text most often."""
+    facts = train.read_facts(base / "facts")
+    return str(facts["subject"][facts["exposures"].argmax()])
+
+
+# ---- reads.npz
+
+@pytest.mark.parametrize("name", WITH_TABLES)
+def test_reads_npz_counts_windows(base, name):
+    """By brute force: window by window, the set of slots that its layers read."""
+    model, _ = load_checkpoint(base / name)
+    with np.load(base / name / "reads.npz") as arrays:
+        arrays = dict(arrays)
+    tokens = np.fromfile(base / "facts" / "train.bin", "<u2").astype("int64")
+    T = model.config.block_size
+    windows = (len(tokens) - 1) // T
+    assert arrays["windows"] == train.WINDOWS_OF_READS < windows
+    want = [torch.zeros(len(table.values), dtype=torch.int64) for table in model.tables]
+    for i in range(train.WINDOWS_OF_READS):
+        if i % 16:
+            continue  # every sixteenth is enough, and less than what was counted
+        number = i * windows // train.WINDOWS_OF_READS
+        idx = torch.from_numpy(tokens[number * T:number * T + T])[None]
+        for (_, slots, _), (_, layer) in zip(model.memory_reads(idx), model.memories()):
+            table = [t is layer.tables[0] for t in model.tables].index(True)
+            for slot in set(slots.flatten().tolist()):
+                want[table][slot] += 1
+    for i, counts in enumerate(want):
+        got = torch.from_numpy(arrays[f"readers_{i}"])
+        assert len(got) == len(counts)
+        assert (got >= counts).all() and got.max() <= train.WINDOWS_OF_READS
+        assert torch.corrcoef(torch.stack([got, counts]).float())[0, 1] > 0.95
+
+
+def test_readers_of_all_windows_are_exact(base):
+    """With as many windows as the text has, every one counts once, whatever the batches are."""
+    model, state = load_checkpoint(base / "memory")
+    s = train.Settings(**state["settings"])
+    loader = train.Loader(s.data, "val", prepare_data.read_meta(s.data), s)
+    got, = train.count_readers(model, loader, 10**6, contextlib.nullcontext())
+    want = torch.zeros_like(got)
+    for i in range(loader.windows):
+        (_, slots, _), = model.memory_reads(loader.window([i])[0])
+        want[slots.flatten().long().unique()] += 1
+    assert torch.equal(got, want)
+    halves = [train.count_readers(model, loader, 10**6, contextlib.nullcontext(), rank, 2)[0]
+              for rank in (0, 1)]
+    assert torch.equal(halves[0] + halves[1], want)
+
+
+def test_a_dense_run_has_no_reads(base):
+    assert not (base / "dense" / "reads.npz").exists()
+
+
+# ---- looking inside
+
+@pytest.mark.parametrize("name", WITH_TABLES)
+def test_show_memory_shows_the_models_numbers(base, say, name):
+    text = say(name, "--show-memory", f"{somebody(base)} was born in")
+    model, tok, args = loaded(base, name)
+    ids = [tok.eot] + tok.encode(f"{somebody(base)} was born in")
+    rows = [line for line in text.splitlines() if re.match(r".{18} *\d+ +\d\.\d\d", line)]
+    layers = list(sample.read_windows(model, [ids]))
+    assert len(rows) == len(layers) * len(ids)
+    for layer, block in zip(layers, np.array_split(rows, len(layers))):
+        for t, row in enumerate(block):
+            numbers = row[18:].split()
+            for h in range(layer.slots.shape[2]):
+                slot, weight, mixed = numbers[3 * h:3 * h + 3]
+                weights = layer.weights[0, t, h]
+                assert int(slot) == layer.slots[0, t, h, weights.argmax()]
+                assert float(weight) == pytest.approx(weights.max().item(), abs=0.006)
+                p = weights / weights.sum()
+                entropy = -sum(x * math.log(x) for x in p.tolist() if x > 0)
+                assert float(mixed) == pytest.approx(math.exp(entropy), abs=0.06)
+    assert (base / name / "memory.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_slots_mixed():
+    assert sample.slots_mixed(torch.tensor([0.0, 1.0, 0.0])).item() == pytest.approx(1)
+    assert sample.slots_mixed(torch.full((5, 8), 0.125)).tolist() == pytest.approx([8] * 5)
+
+
+@pytest.mark.parametrize("name", WITH_TABLES)
+def test_the_page_is_whole_and_true(base, say, name, tmp_path):
+    path = tmp_path / "page.html"
+    assert "written:" in say(name, "--show-memory", f"{somebody(base)} likes", "--html", path)
+    page = path.read_text("utf-8")
+    for word in ("http://", "https://", "src=", "@import", "<link"):
+        assert word not in page.replace("http://www.w3.org/2000/svg", ""), "nothing from elsewhere"
+    data = json.loads(re.search(r"const data = (.*);\nconst SIZE", page, re.DOTALL)[1])
+    model, tok, args = loaded(base, name)
+    ids = [tok.eot] + tok.encode(f"{somebody(base)} likes")
+    assert len(data["words"]) == len(ids)
+    for shown, reads in zip(data["layers"], sample.read_windows(model, [ids])):
+        assert shown["slots"] == reads.slots[0].tolist()
+        assert np.allclose(shown["weights"], reads.weights[0], atol=1e-4)
+        strongest = reads.slots[0].gather(-1, reads.weights[0].argmax(-1, keepdim=True))
+        for slot in strongest.flatten().tolist():
+            assert data["about"][f"{reads.block}/{slot}"]["up"]
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="there is no node")
+def test_the_page_runs(base, say, tmp_path):
+    """Its script runs in node, with a document that only counts what is drawn and clicked."""
+    path = tmp_path / "page.html"
+    say("two", "--show-memory", f"{somebody(base)} likes", "--html", path)
+    script = re.search(r"<script>(.*)</script>", path.read_text("utf-8"), re.DOTALL)[1]
+    (tmp_path / "page.js").write_text("""
+const made = [];
+function node(name) {
+  const n = { name, children: [], setAttribute() {}, replaceChildren() { this.children = []; },
+              append(...c) { this.children.push(...c); } };
+  made.push(n);
+  return n;
+}
+const byId = {};
+const document = { createElement: node, createElementNS: (space, name) => node(name),
+                   getElementById: id => byId[id] ??= node(id) };
+""" + script + """
+const count = name => made.filter(n => n.name === name).length;
+const dots = count("circle");
+byId.words.children[1].onclick();
+made.filter(n => n.name === "circle").at(-1).onclick();
+byId.layers.children[1].onclick();
+console.log(dots, count("circle"), byId.words.children.length, byId.slot.children.length);
+""", "utf-8")
+    done = subprocess.run(["node", tmp_path / "page.js"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    dots, later, words, _ = map(int, done.stdout.split())
+    assert dots == 2 * 4, "a dot for each head and slot of one token"
+    assert later > dots
+    assert words == 4
+
+
+@pytest.mark.parametrize("name", WITH_TABLES)
+def test_a_slots_biography(base, say, name):
+    model, tok, args = loaded(base, name)
+    with np.load(base / name / "reads.npz") as arrays:
+        readers = arrays["readers_0"]
+    slot = int(np.argsort(readers)[len(readers) * 3 // 4])
+    text = say(name, "--slot", slot)
+    n = model.tables[0].n_keys
+    assert f"slot {slot}: left half-key {slot // n}, right half-key {slot % n}" in text
+    assert f"{readers[slot]:,} of 2,048 windows of the training text read it" in text
+    rows = re.findall(r"^ *(\d\.\d+) +(\d+) +(\d+)  (.+)$", text, re.MULTILINE)
+    assert rows and [float(row[0]) for row in rows] == sorted(
+        (float(row[0]) for row in rows), reverse=True)
+    # The strongest reader does read it, in that layer and head, with that weight.
+    weight, block, head, sentence = rows[0]
+    ids = [tok.eot] + tok.encode(sentence)
+    for reads in sample.read_windows(model, [ids]):
+        if reads.block == int(block):
+            is_slot = reads.slots[0, -1, int(head)] == slot
+            assert reads.weights[0, -1, int(head)][is_slot].item() == pytest.approx(
+                float(weight), abs=0.002)
+
+
+def test_what_a_value_pushes(base):
+    """A value that is a token's embedding pushes that token."""
+    model, tok, args = loaded(base, "memory")
+    word = tok.encode("born")[0]
+    model.tables[0].values.data[7] = 10 * model.wte.weight.data[word]
+    logits = sample.pushes(model, 0, 7)[1]
+    want = 10 * (model.wte.weight @ model.wte.weight[word])
+    assert torch.allclose(logits, want, rtol=1e-4, atol=1e-4)
+    up, _ = sample.most_pushed(tok, logits)
+    assert f"born {want[word]:+.2f}" in up
+
+
+@pytest.mark.parametrize("name", WITH_TABLES)
+def test_the_map(base, say, name):
+    text = say(name, "--map")
+    with np.load(base / name / "reads.npz") as arrays:
+        unread = (arrays["readers_0"] == 0).mean()
+    assert f"{unread:7.1%} are read by none of them" in text
+    assert (base / name / "map.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---- taking away
+
+def shares(text, row):
+    """The percentages of a row of a table."""
+    line = next(line for line in text.splitlines() if line.startswith(row))
+    return [float(x) for x in re.findall(r"(\d+\.\d) %", line)]
+
+
+@pytest.mark.parametrize("name", WITH_TABLES)
+def test_without_the_memory_hardly_anything_is_known(base, say, name):
+    text = say(name, "--ablate-memory")
+    whole, = shares(text, "the whole model")
+    without, = shares(text, "without the memory layers")
+    # PEER knows little here, and keeps some of that in the rest of the model.
+    assert whole > 30 and without < (whole if name == "peer" else 0.9 * whole)
+    model, tok, args = loaded(base, name, "--ablate-memory")
+    facts = train.read_facts(base / name)
+    known = np.flatnonzero(~facts["control"])
+    assert whole == pytest.approx(100 * sample.share_known(model, facts, known), abs=0.06)
+
+
+def test_a_block_of_a_dense_model(base, say):
+    text = say("dense", "--ablate-block", 1)
+    assert shares(text, "the whole model") > shares(text, "without the MLP")
+
+
+@pytest.mark.parametrize("name", ["memory", "two", "hash"])
+def test_the_slots_of_somebody(base, say, name):
+    """Without them their facts go, and others stay; as many other slots matter less."""
+    text = say(name, "--ablate-memory", somebody(base), "--slots", 40)
+    whole = shares(text, "the whole model")
+    without = shares(text, "without 40" if name != "two" else "without 80")
+    control = shares(text, "without as many other slots")
+    assert whole[0] == 100 and whole[1] > 30
+    assert whole[0] - without[0] >= whole[0] - control[0]
+
+
+def test_scores_are_the_formula(base):
+    """Slot by slot, by hand."""
+    model, tok, args = loaded(base, "two")
+    facts = train.read_facts(base / "two")
+    windows = facts["seen"][:3].astype("int64")
+    B, readers = sample.load_readers(base / "two", model)
+    got = sample.slot_scores(model, windows, sample.TextReads(B, readers))
+    for table in (0, 1):
+        counts = torch.zeros(256)
+        for window in windows:
+            _, slots, _ = model.memory_reads(torch.from_numpy(window)[None])[table]
+            for slot in slots.flatten().tolist():
+                counts[slot] += 1
+        for slot in range(256):
+            want = counts[slot] / counts.sum() * math.log((B + 1) / (1 + readers[table][slot]))
+            assert got[table][slot].item() == pytest.approx(want.item(), abs=1e-6)
+
+
+def test_the_control_is_read_as_often(base):
+    model, tok, args = loaded(base, "memory")
+    _, (readers,) = sample.load_readers(base / "memory", model)
+    chosen = torch.arange(0, 60, 2)
+    others, = sample.read_as_often(model, [chosen], args)
+    assert len(others) == len(chosen) == len(set(others.tolist()))
+    assert not set(others.tolist()) & set(chosen.tolist())
+    a = readers[chosen].sort().values.float()
+    b = readers[others].sort().values.float()
+    assert (a - b).abs().mean() < 0.15 * readers.float().mean()
+
+
+# ---- teaching and forgetting
+
+@pytest.fixture
+def tables(base, tmp_path):
+    """Two new facts about people who are not in the corpus, with words that are."""
+    facts = train.read_facts(base / "facts")
+    tok = prepare_data.load_tokenizer(base / "facts")
+    start, end = facts["seen_span"][0]
+    answer = tok.decode(facts["seen"][0][start:end]).strip()
+    known = [name.split() for name in facts["subject"][::5]]
+    pairs = {(first, last) for first, _ in known for _, last in known}
+    new = sorted(pairs - {tuple(name) for name in known})[:2]
+    rows = "".join(f"birth\t{first} {last}\t{answer}\n" for first, last in new)
+    (tmp_path / "new.tsv").write_text("relation\tsubject\tanswer\n" + rows)
+    (tmp_path / "patterns.tsv").write_text(PATTERNS)
+    return ["--teach", tmp_path / "new.tsv", "--patterns", tmp_path / "patterns.tsv",
+            "--out", tmp_path / "taught"]
+
+
+@pytest.mark.parametrize("how", ["slots", "all-values", "full"])
+@pytest.mark.parametrize("name", WITH_TABLES)
+def test_teach(base, say, tables, name, how):
+    before = {path.name: path.read_bytes() for path in (base / name).iterdir()
+              if path.suffix != ".png"}
+    rate = ["--teach-rate", "1e-2"] if how == "full" else []
+    text = say(name, *tables, "--teach-with", how, *rate)
+    after = shares(text, "after")
+    assert after[0] == 100 or name == "peer", text
+    assert {path.name: path.read_bytes() for path in (base / name).iterdir()
+            if path.suffix != ".png"} == before, "the old run is as it was"
+    out = tables[-1]
+    assert 100 * json.loads((out / "edit.json").read_text())["teach"]["after"][0] == after[0]
+    assert sample.main([str(out), "--recall", str(subject_of(tables)), "--device", "cpu"]) == 0
+    old, _ = load_checkpoint(base / name)
+    new, _ = load_checkpoint(out)
+    for (key, p), (_, q) in zip(old.named_parameters(), new.named_parameters()):
+        if how != "full" and not key.endswith("values"):
+            assert torch.equal(p, q), key
+    changed = [(p.values != q.values).any(dim=1).sum() for p, q in zip(old.tables, new.tables)]
+    assert sum(changed) > 0
+    if how == "slots":
+        steps = int(re.search(r"(\d+) steps in", text)[1])
+        for table, count in zip(old.tables, changed):
+            assert count <= steps * (len(table.values) // 4)
+
+
+def subject_of(tables):
+    return tables[1].read_text().splitlines()[1].split("\t")[1]
+
+
+def test_the_new_run_knows_the_new_facts(base, say, tables, capsys):
+    say("memory", *tables)
+    assert sample.main([str(tables[-1]), "--recall", subject_of(tables), "--device", "cpu"]) == 0
+    assert "1 of 1 right" in capsys.readouterr().out
+    # And it can be taught again, or trained further.
+    again = [*tables[:-1], tables[-1].with_name("again")]
+    assert sample.main([str(tables[-1]), *map(str, again), "--device", "cpu"]) == 0
+
+
+def test_a_single_fact_is_taught(say, tables):
+    path = tables[1]
+    path.write_text("\n".join(path.read_text().splitlines()[:2]) + "\n")
+    assert shares(say("memory", *tables), "after")[0] == 100
+
+
+def test_what_goes_with_what(say):
+    assert "two experiments" in say("memory", "--ablate-memory", "--ablate-block", 1)
+    assert "leave the rest out" in say("memory", "--map", "--ablate-memory")
+    assert "--out is for" in say("memory", "--out", "x")
+
+
+def test_only_the_chosen_slots_learn(base, tables):
+    """One step: the values that change are those of the best slots."""
+    model, tok, args = loaded(base, "memory", *tables, "--slots", 9, "--teach-steps", 1)
+    _, sentences, windows = sample.new_facts(model, tok, args)
+    sample.make_trainable(model)
+    text = sample.load_readers(base / "memory", model)
+    old = copy.deepcopy(model)
+    rows = np.concatenate([f + np.arange(n) for f, n in zip(sentences.first, sentences.trained)])
+    best = sample.slot_scores(model, windows[rows].astype("int64"), text)[0].topk(9).indices
+    steps, changed = sample.teach_model(model, sentences, windows, text, args)
+    moved = (model.tables[0].values != old.tables[0].values).any(dim=1).nonzero().flatten()
+    assert steps == 1 and changed == [len(moved)]
+    assert 0 < len(moved) and set(moved.tolist()) <= set(best.tolist())
+
+
+@pytest.mark.parametrize("name, slots", [("memory", 60), ("two", 60)])
+def test_forget(base, say, name, slots, tmp_path):
+    out = tmp_path / "without"
+    text = say(name, "--forget", somebody(base), "--out", out, "--slots", slots)
+    before = shares(text, "before")
+    after = shares(text, "after")
+    assert before[0] == 100 and after[0] < before[0]
+    assert before[1] - after[1] < before[0] - after[0], "others lose less"
+    new, _ = load_checkpoint(out)
+    old, _ = load_checkpoint(base / name)
+    for p, q in zip(old.tables, new.tables):
+        gone = (q.values == 0).all(dim=1)
+        assert 0.6 * slots < gone.sum() <= slots
+        assert torch.equal(p.values[~gone], q.values[~gone])
+
+
+def test_a_bfloat16_table_in_slices_is_taught(base, say, tables, tmp_path):
+    """A checkpoint as two ranks write it becomes a whole one."""
+    run = tmp_path / "sliced"
+    shutil.copytree(base / "memory", run)
+    _, state = load_checkpoint(base / "memory")
+    table = {name: torch.cat(list(slices), dim=1) for name, slices in state["tables"][0].items()}
+    names = ["ckpt-500-0of2.pt", "ckpt-500-1of2.pt"]
+    for i, name in enumerate(names):
+        part = {key: x.chunk(2, dim=1)[i].bfloat16().clone() for key, x in table.items()}
+        torch.save(dict(tables=[part]), run / name)
+    settings = state["settings"] | dict(mem_dtype="bfloat16")
+    torch.save(state | dict(slices=names, settings=settings, tables=[]), run / "ckpt.pt")
+    assert sample.main([str(run), *map(str, tables), "--device", "cpu"]) == 0
+    new, state = load_checkpoint(tables[-1])
+    assert new.tables[0].values.dtype == torch.bfloat16 and state["slices"] == []
+
+
+# ---- what is wrong
+
+@pytest.mark.parametrize("flags, said", [
+    (["--show-memory", "Tasia"], "is dense, it reads no table"),
+    (["--slot", 3], "is dense, it reads no table"),
+    (["--map"], "is dense, it reads no table"),
+    (["--ablate-memory"], "is dense, it has no memory layers"),
+    (["--ablate-block", 2], "--ablate-block 2 is not in 0..1"),
+])
+def test_a_dense_run(base, say, flags, said):
+    assert said in say("dense", *flags)
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--slot", 256], "--slot 256 is not in 0..255"),
+    (["--slot", -1], "--slot -1 is not in 0..255"),
+    (["--table", 1, "--map"], "--table 1: the model has 1"),
+    (["--forget", "Nobody", "--out", "x"], "no fact is about 'Nobody': try "),
+    (["--forget", "Nobody"], "name it with --out"),
+    (["--ablate-memory", "Nobody"], "no fact is about 'Nobody': try "),
+    (["--teach", "x.tsv"], "name it with --out"),
+    (["--teach", "x.tsv", "--out", "y"], "--teach needs --patterns"),
+    (["--html", "x.html"], "--html is for --show-memory"),
+    (["--show-memory", ""], "the prompt '' makes no tokens"),
+    (["--show-memory", "was born in " * 9], "> block_size"),
+])
+def test_what_cannot_be(base, say, flags, said):
+    assert said in say("memory", *flags)
+
+
+def test_missing_files(base, say, tables, tmp_path):
+    assert "does not exist" in say("memory", "--teach", "no.tsv", "--patterns", "no.tsv", "--out",
+                                   tmp_path / "a")
+    run = tmp_path / "run"
+    shutil.copytree(base / "memory", run)
+    (run / "reads.npz").unlink()
+    assert sample.main([str(run), "--map", "--device", "cpu"]) == 1
+    assert sample.main([str(run), "--forget", somebody(base), "--out", str(tmp_path / "b"),
+                        "--device", "cpu"]) == 1
+
+
+def test_nothing_is_replaced(base, say, tables):
+    Path(tables[-1]).mkdir()
+    assert "exists already" in say("memory", *tables)
+
+
+@pytest.mark.parametrize("row, said", [
+    ("birth\tZorb Quux\tPemchester", "has 'Zorb', a word that the run's tokenizer does not know"),
+    ("birth\t{long}\t{answer}", "the run's window has room for"),
+])
+def test_facts_that_cannot_be_taught(say, tables, row, said):
+    path = tables[1]
+    first, last = subject_of(tables).split()
+    answer = path.read_text().split("\t")[-1].strip()
+    row = row.replace("{long}", f"{first} {last} " * 4).replace("{answer}", answer)
+    path.write_text("relation\tsubject\tanswer\n" + row + "\n")
+    assert said in say("memory", *tables)
+    assert not tables[-1].exists()
+
+
+# ---- the lesson
+
+LESSON = (Path(__file__).parents[1] / "docs" / "lesson.md").read_text("utf-8")
+
+
+def test_the_commands_of_the_lesson_run(base, capsys, tmp_path):
+    """Every command of docs/lesson.md, in its order, on a small run."""
+    place = {"out/facts-memory-1337": base / "memory", "out/facts-dense-1337": base / "dense",
+             "Rasia Westshaw": somebody(base), "data/facts": base / "facts",
+             "--slot 4711": "--slot 47", "page.html": tmp_path / "page.html"}
+    commands = re.findall(r"^    python (.*)|`python (sample.py .*?)`", LESSON, re.MULTILINE)
+    commands = [indented or inline for indented, inline in commands]
+    assert len(commands) >= 11
+    for command in commands:
+        for word, stand_in in place.items():
+            command = command.replace(word, str(stand_in))
+        script, *argv = shlex.split(re.sub(r"(?<=[ =])out/", f"{tmp_path}/", command))
+        if script == "sample.py":
+            capsys.readouterr()
+            assert sample.main([*argv, "--device", "cpu"]) == 0, command
+            assert capsys.readouterr().out
+        elif script == "runs/new_facts.py":
+            root = Path(__file__).parents[1]
+            subprocess.run([sys.executable, root / script, *argv, "--count", "3"], check=True)
+        else:
+            assert script == "train.py"
