@@ -401,8 +401,13 @@ def wait_for_log(out, pid):
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGTERM", "SIGINT"])
 def test_a_signal_saves(name, here):
     out = here / "out" / "new"
-    pid = in_child(run_slowly, [*TINY, "--data", "data/facts", "--out-dir", str(out),
-                                "--eval-every", "1000", "--log-every", "1"])
+
+    def start(argv):
+        signal.signal(getattr(signal, name), signal.SIG_DFL)  # the tests may run under nohup
+        return run_slowly(argv)
+
+    pid = in_child(start, [*TINY, "--data", "data/facts", "--out-dir", str(out),
+                           "--eval-every", "1000", "--log-every", "1"])
     wait_for_log(out, pid)
     os.kill(pid, getattr(signal, name))
     assert exit_code(pid) == 130
