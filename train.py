@@ -761,6 +761,8 @@ def count_readers(model, loader, count, ctx, rank=0, world=1):
     The windows are spread evenly over the text. sample.py compares with this what a few facts read:
     the slots that they read and hardly anything else does are theirs.
     """
+    if not model.tables:
+        return []
     count = min(count, loader.windows)
     mine, real = share_out(count, rank, world)  # (each,), numbers of windows among count
     at_once = min(64, max(2**14 // loader.T, 1))
@@ -770,9 +772,9 @@ def count_readers(model, loader, count, ctx, rank=0, world=1):
         x, _ = loader.window(mine[i:i + at_once] * loader.windows // count)  # (b, T)
         with ctx:
             reads = model.memory_reads(x.to(device))
-        for b in range(min(len(x), real - i)):
-            for table, slots in slots_by_table(model, reads).items():
-                readers[table][slots[b].unique()] += 1
+        for table, slots in slots_by_table(model, reads).items():  # (b, reads of a window)
+            for window in slots[:max(real - i, 0)]:
+                readers[table][window.unique()] += 1
     return [sum_over_ranks(r.to(device)).cpu() for r in readers]
 
 
