@@ -21,6 +21,7 @@ Its rivals stand below it. Each adds parameters, and hardly any compute, in anot
 
                       how slots are found        how they are weighed     what is read
     ProductKeyMemory  by a query                 softmax of the scores    a value
+    UltraMem          by two queries, combined   the score itself         a value, in one of 4 ways
     HashedMemory      by a hash of the tokens    softmax of a gate        a value
     PEER              by a query                 softmax of the scores    a neuron: two vectors
     MixtureOfExperts  by a router over all       softmax of the router    a small MLP
@@ -43,6 +44,11 @@ from kernel import gather, topk_sums
 # ---- which slots: product keys
 
 
+def half_key_scores(queries, half_keys):
+    """The dot products. queries (N, H, 2, d), half_keys (2, H, n, d) -> (2, H, N, n)."""
+    return queries.permute(2, 1, 0, 3) @ half_keys.transpose(-1, -2)
+
+
 def product_key_topk(queries, half_keys, K):
     """The K slots whose product keys score highest (product keys, arXiv 1907.05242).
 
@@ -52,7 +58,7 @@ def product_key_topk(queries, half_keys, K):
     queries (N, H, 2, d), half_keys (2, H, n, d), of one dtype -> scores (N, H, K), largest first,
     and slots (N, H, K) int32 in [0, n*n). Exact. Raises ValueError if K > n.
     """
-    scores = queries.permute(2, 1, 0, 3) @ half_keys.transpose(-1, -2)  # (2, H, N, n)
+    scores = half_key_scores(queries, half_keys)  # (2, H, N, n)
     best, slots = topk_sums(scores, K)  # (H, N, K) both
     return best.transpose(0, 1), slots.transpose(0, 1)  # (N, H, K) both
 
@@ -62,6 +68,17 @@ def brute_force_topk(queries, half_keys, K):
     left, right = torch.einsum("nhsd,shkd->snhk", queries, half_keys)  # (N, H, n) both
     every = left[..., :, None] + right[..., None, :]  # (N, H, n, n)
     return every.flatten(-2).topk(K, dim=-1)  # (N, H, K) both
+
+
+def unevenness(scores):
+    """How unevenly the tokens like the half-keys: scores (2, H, N, n) -> a number >= 0.
+
+    log n minus the entropy of p, the mean over the tokens of softmax(scores): 0 if all half-keys
+    are liked the same, log n if one is. The softmax is over all n, so that it gives a gradient to
+    half-keys that nobody reads, too (the entropy loss of vector quantisation, arXiv 2310.05737).
+    """
+    p = scores.float().softmax(dim=-1).mean(dim=2)  # (2, H, n)
+    return math.log(p.shape[-1]) - torch.special.entr(p).sum(dim=-1).mean()
 
 
 # ---- what they hold: the table
@@ -135,8 +152,8 @@ class MemoryTable(nn.Module):
         if not self.counting:
             return
         # In units of 2^-24. Integers have one sum, whatever the order and the device. Rounded up,
-        # so that a read with a tiny weight is a read.
-        share = (weights.detach().float() * 2**24).ceil().long()  # (N, R)
+        # so that a read with a tiny weight is a read. Without its sign: UltraMem's may be negative.
+        share = (weights.detach().float().abs() * 2**24).ceil().long()  # (N, R)
         self.read_weight.index_add_(0, slots.reshape(-1), share.reshape(-1))
 
     def count(self, on):
@@ -172,7 +189,9 @@ class ProductKeyMemory(nn.Module):
     Memory+   both
 
     dim: C. table: a MemoryTable, which several layers may share. key_dim: of both halves together,
-    default C/2. Raises ValueError for sizes that cannot work.
+    default C/2. balance: if keep_balance is set, the unevenness of the half-keys in the last
+    forward of training; GPT adds a little of it to the loss. Raises ValueError for sizes that
+    cannot work.
     """
 
     def __init__(self, dim, table, heads=4, topk=32, key_dim=None, gate=True, qk_norm=True):
@@ -191,6 +210,8 @@ class ProductKeyMemory(nn.Module):
         self.reads = heads * topk  # R
         self.half_dim = key_dim // 2  # d
         self.qk_norm = qk_norm
+        self.keep_balance = False
+        self.balance = None
         self.query = nn.Linear(dim, heads * key_dim, bias=False)  # weight (H*2d, C)
         half_keys = torch.empty(2, heads, table.n_keys, self.half_dim)  # (2, H, n, d)
         self.half_keys = nn.Parameter(half_keys)
@@ -216,6 +237,8 @@ class ProductKeyMemory(nn.Module):
             d = self.half_dim
             queries = F.rms_norm(queries, (d,)) / math.sqrt(d)  # (N, H, 2, d)
             keys = F.rms_norm(keys, (d,))  # (2, H, n, d)
+        if self.keep_balance and self.training:
+            self.balance = unevenness(half_key_scores(queries, keys))
         scores, slots = product_key_topk(queries, keys, self.topk)  # (N, H, K) both
         return slots, scores.softmax(dim=-1)
 
@@ -291,6 +314,121 @@ class HashedMemory(nn.Module):
         if self.out is not None:
             y = self.out(y)  # (B, T, C)
         return y
+
+
+def tucker_topk(row_scores, column_scores, core, K):
+    """The K best of n * n pairs of a row and a column, nearly: by rows^T core columns.
+
+    row_scores, column_scores (H, r, N, n): r scores of every row and column, for N tokens. core
+    (H, r, r). -> scores, rows, columns (N, H, K), the highest score first. arXiv 2411.12364, TDQKR.
+
+    n * n pairs are too many to score. Were the core the product u v^T of two vectors, the score of
+    a pair would be (u . its row's scores) * (v . its column's). Take for u and v the leading
+    singular vectors of the core: the K rows and the K columns that are best by them are a
+    shortlist, and all of its K * K pairs are scored. With K = n this is exact. Pairs of two
+    negative factors are not looked for. Gradients flow through the scores, not through the choice.
+    """
+    r = core.shape[1]
+    v = torch.linalg.svd(core.detach().float())[2][:, 0]  # (H, r)
+    u = torch.einsum("hqr,hr->hq", core.detach().float(), v)  # (H, r), as long as it likes
+    # The sign of the two together is arbitrary. This one makes the first core look for high scores.
+    sign = torch.where(u.sum(dim=1, keepdim=True) < 0, -1.0, 1.0)  # (H, 1)
+    u = (u * sign).to(row_scores.dtype)  # (H, r)
+    v = (v * sign).to(row_scores.dtype)  # (H, r)
+    rows = torch.einsum("hr,hrni->hni", u, row_scores.detach()).topk(K).indices  # (H, N, K)
+    columns = torch.einsum("hr,hrnj->hnj", v, column_scores.detach()).topk(K).indices  # (H, N, K)
+    left = row_scores.gather(3, rows[:, None].expand(-1, r, -1, -1))  # (H, r, N, K)
+    right = column_scores.gather(3, columns[:, None].expand(-1, r, -1, -1))  # (H, r, N, K)
+    left = torch.einsum("hqni,hqr->hrni", left, core)  # (H, r, N, K)
+    with torch.no_grad():  # no gradients for a whole grid
+        grid = torch.einsum("hrni,hrnj->hnij", left, right)  # (H, N, K, K)
+        best = grid.flatten(2).topk(K).indices  # (H, N, K)
+    i = best // K  # (H, N, K)
+    j = best % K  # (H, N, K)
+    left = left.gather(3, i[:, None].expand(-1, r, -1, -1))  # (H, r, N, K)
+    right = right.gather(3, j[:, None].expand(-1, r, -1, -1))  # (H, r, N, K)
+    scores = (left * right).sum(dim=1)  # (H, N, K)
+    found = scores, rows.gather(2, i), columns.gather(2, j)  # (H, N, K) each
+    return tuple(x.transpose(0, 1) for x in found)
+
+
+class UltraMem(nn.Module):
+    """Product keys with a richer score, and a table whose slots are read in four ways.
+
+    y = sum over heads of 1/K * sum over the K reads of score * W_way value
+
+    Two ideas of UltraMem (arXiv 2411.12364). Tucker scores: there are r = 2 sets of half-keys per
+    side, each with a query of its own, and a small trained matrix, the core, says how their scores
+    combine. There is no softmax. Implicit value expansion: there are 4 times as many virtual slots
+    as slots. A fixed permutation gives each of them a slot and a way, and a way has a matrix W of
+    its own. So each slot is read in all 4 ways.
+
+    Not here: its memory layer stands beside an MLP and is added some blocks later, the two halves
+    of a value have cores of their own (multi-core scoring), a loss keeps the core near rank one.
+
+    dim: C. table: a float32 MemoryTable of any dim, not in slices. heads, topk: H, K. key_dim: of a
+    pair of half-keys, default C/2. Below, m is the number of half-keys in a set: m*m = 4*S. Raises
+    ValueError for sizes that cannot work.
+    """
+
+    RANK = 2  # r
+    WAYS = 4  # a square number
+
+    def __init__(self, dim, table, heads=1, topk=64, key_dim=None):
+        super().__init__()
+        key_dim = dim // 2 if key_dim is None else key_dim
+        self.heads = heads  # H
+        self.topk = topk  # K
+        self.reads = heads * topk  # R
+        self.half_dim = key_dim // 2  # d
+        self.side = table.n_keys * math.isqrt(self.WAYS)  # m
+        if key_dim < 2 or key_dim % 2 or not 1 <= topk <= self.side:
+            raise ValueError(f"key_dim {key_dim} is not an even number above 0, or topk {topk} is "
+                             f"not between 1 and the {self.side} half-keys")
+        if not table.values.requires_grad:
+            raise ValueError("UltraMem reads whole tables in float32: make the table with neither "
+                             "dtype nor mesh")
+        sets = 2 * heads * self.RANK
+        self.query = nn.Linear(dim, sets * self.half_dim, bias=False)  # weight (2*H*r*d, C)
+        half_keys = torch.empty(2, heads, self.RANK, self.side, self.half_dim)  # (2, H, r, m, d)
+        self.half_keys = nn.Parameter(half_keys)
+        self.core = nn.Parameter(torch.empty(heads, self.RANK, self.RANK))  # (H, r, r)
+        self.out = nn.Linear(self.WAYS * table.dim, dim, bias=False)  # all W: weight (C, 4*D)
+        self.tables = [table]  # as in ProductKeyMemory
+        shuffle = torch.randperm(self.side**2, generator=torch.Generator().manual_seed(0))
+        self.register_buffer("shuffle", shuffle, persistent=False)  # (m*m,)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Half-keys as in ProductKeyMemory. The core is 1/r everywhere, which has rank one."""
+        self.half_keys.uniform_(-1, 1).mul_((2 * self.half_dim) ** -0.5)  # (2, H, r, m, d)
+        self.core.fill_(1 / self.RANK)
+
+    def search(self, x):
+        """x (N, C) -> slots and ways (N, R) int64, weights (N, R)."""
+        table, = self.tables
+        d = self.half_dim
+        queries = self.query(x).view(len(x), 2, self.heads, self.RANK, d)  # (N, 2, H, r, d)
+        queries = F.rms_norm(queries, (d,)) / math.sqrt(d)  # (N, 2, H, r, d)
+        keys = F.rms_norm(self.half_keys.to(queries.dtype), (d,))  # (2, H, r, m, d)
+        row_scores, column_scores = queries.permute(1, 2, 3, 0, 4) @ keys.transpose(-1, -2)
+        core = self.core.to(row_scores.dtype)
+        scores, rows, columns = tucker_topk(row_scores, column_scores, core, self.topk)
+        virtual = self.shuffle[(rows * self.side + columns).flatten(1)]  # (N, R)
+        S = len(table.values)
+        return virtual % S, virtual // S, scores.flatten(1) / self.topk
+
+    def forward(self, x):
+        B, T, C = x.size()
+        table, = self.tables
+        slots, ways, weights = self.search(x.view(B * T, C))  # (N, R) each
+        table.count_reads(slots, weights)
+        values = F.embedding(slots, table.values).to(weights.dtype)  # (N, R, D)
+        # A read's weight stands in the column of its way, the other columns are 0.
+        by_way = weights[..., None] * F.one_hot(ways, self.WAYS)  # (N, R, 4)
+        sums = torch.einsum("nrw,nrd->nwd", by_way, values)  # (N, 4, D)
+        return self.out(sums.flatten(1)).view(B, T, C)
 
 
 class PEER(nn.Module):

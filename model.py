@@ -18,7 +18,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from memory import PEER, HashedMemory, MemoryTable, MixtureOfExperts, ProductKeyMemory
+from memory import (PEER, HashedMemory, MemoryTable, MixtureOfExperts, ProductKeyMemory,
+                    UltraMem)
 
 
 # ---- settings
@@ -36,8 +37,8 @@ class GPTConfig:
     n_head: int = setting(12, "attention heads")
     n_embd: int = setting(768, "width C")
     dropout: float = setting(0.0, "on attention, MLP and embeddings")
-    ffn: str = setting("dense", "dense | memory | hash | peer | moe: what replaces the MLP in the "
-                       "blocks of mem_layers")
+    ffn: str = setting("dense", "dense | memory | ultramem | hash | peer | moe: what replaces "
+                       "the MLP in the blocks of mem_layers")
     mem_layers: tuple = setting((4, 6, 8), "0-based blocks with a memory layer, as 4,6,8")
     mem_n_keys: int = setting(256, "n half-keys per side: the table has n*n slots")
     mem_heads: int = setting(4, "H queries per token")
@@ -49,6 +50,8 @@ class GPTConfig:
     mem_dtype: str = setting("float32", "float32 | bfloat16: the table's values; "
                              "to train one takes 16 or 10 bytes a value")
     qk_norm: bool = setting(True, "RMS-norm on query halves and half-keys")
+    mem_balance: float = setting(0.0, "weight of a loss that keeps half-keys equally liked, "
+                                 "for a table of which little is used; try 0.01")
     moe_experts: int = setting(0, "E experts, with as many weights in all as the memory layer's "
                                "table; 0: as many as mem_n_keys, at least 128")
     moe_topk: int = setting(0, "K experts per token; 0: as many as the MLP's FLOPs allow")
@@ -69,6 +72,10 @@ class GPTConfig:
             self.check_memory()
         if self.ffn == "moe":
             self.check_experts()
+        if self.ffn == "ultramem" and self.ultramem_topk() > 2 * self.ultramem_n_keys():
+            raise ValueError(f"--ffn ultramem: its matrices alone are as large as a table of "
+                             f"--mem-n-keys {self.mem_n_keys}, or it has fewer half-keys than "
+                             f"--mem-topk {self.mem_topk} needs: raise --mem-n-keys")
         return self
 
     def check_memory(self):
@@ -96,11 +103,15 @@ class GPTConfig:
         if self.key_dim() < 2 or self.key_dim() % 2:
             raise ValueError(f"--mem-key-dim {self.key_dim()} is not an even number >= 2: "
                              f"a key is two halves, set --mem-key-dim")
+        if not self.mem_balance >= 0:
+            raise ValueError(f"--mem-balance {self.mem_balance} is not at least 0: raise it")
+        if self.mem_balance and self.ffn != "memory":
+            raise ValueError(f"--mem-balance {self.mem_balance} is for --ffn memory: leave it out")
         if self.mem_n_keys**2 >= 2**31:
             raise ValueError(f"--mem-n-keys {self.mem_n_keys} makes {self.mem_n_keys**2} slots, "
                              f"the limit is 2^31 - 1: lower --mem-n-keys")
         is_plain = self.value_dim() == self.n_embd and self.mem_dtype == "float32"
-        if self.ffn in ("peer", "moe") and not is_plain:
+        if self.ffn in ("peer", "moe", "ultramem") and not is_plain:
             raise ValueError(f"--ffn {self.ffn} has no --mem-value-dim and no --mem-dtype "
                              f"bfloat16: leave them out")
 
@@ -127,6 +138,25 @@ class GPTConfig:
     def peer_topk(self):
         return max(self.mem_topk // 2, 1)
 
+    def ultramem_n_keys(self):
+        """A value of UltraMem has C/2 dims, so there are twice as many as there are slots.
+
+        Its 4 matrices have as many weights as 4C values. So have the two of the gate, W1 and W2;
+        where the memory layer has no gate, there are 4C fewer values.
+        """
+        slots = 2 * self.mem_n_keys**2
+        if not self.mem_gate:
+            slots -= UltraMem.WAYS * self.n_embd
+        return round(max(slots, 0) ** 0.5)
+
+    def ultramem_heads(self):
+        """A head has two sets of half-keys, each almost three times as many as the memory layer."""
+        return max(self.mem_heads // 4, 1)
+
+    def ultramem_topk(self):
+        """Not more: the search scores K * K pairs."""
+        return 2 * self.mem_topk
+
     def experts(self):
         """E: many small experts, but not more than the smallest of tables has weights for."""
         n = self.mem_n_keys
@@ -149,9 +179,9 @@ class GPTConfig:
 
 
 # What --ffn can put in the place of the MLP.
-RIVALS = ("memory", "hash", "peer", "moe")
+RIVALS = ("memory", "ultramem", "hash", "peer", "moe")
 # Those that read a table, and of these, those whose table can be cut into slices over ranks.
-READ_A_TABLE = ("memory", "hash", "peer")
+READ_A_TABLE = ("memory", "ultramem", "hash", "peer")
 CAN_BE_SLICED = ("memory", "hash")
 
 
@@ -238,10 +268,15 @@ def make_ffn(config, layer, table):
                                 config.experts_per_token())
     if config.ffn == "hash":
         return HashedMemory(C, table, reads=H * config.mem_topk, seed=layer)
+    if config.ffn == "ultramem":
+        return UltraMem(C, table, config.ultramem_heads(), config.ultramem_topk(),
+                        config.key_dim())
     if config.ffn == "peer":
         return PEER(C, table, H, config.peer_topk(), config.key_dim(), config.qk_norm)
-    return ProductKeyMemory(C, table, heads=H, topk=config.mem_topk, key_dim=config.key_dim(),
-                            gate=config.mem_gate, qk_norm=config.qk_norm)
+    layer = ProductKeyMemory(C, table, heads=H, topk=config.mem_topk, key_dim=config.key_dim(),
+                             gate=config.mem_gate, qk_norm=config.qk_norm)
+    layer.keep_balance = config.mem_balance > 0
+    return layer
 
 
 def make_table(config, mesh):
@@ -250,6 +285,8 @@ def make_table(config, mesh):
         reads = config.mem_heads * config.peer_topk()
         return MemoryTable(config.peer_n_keys(), 2 * config.n_embd,
                            std=PEER.std(config.n_embd, reads))
+    if config.ffn == "ultramem":
+        return MemoryTable(config.ultramem_n_keys(), config.n_embd // 2)
     dtype = getattr(torch, config.mem_dtype)
     return MemoryTable(config.mem_n_keys, config.value_dim(), dtype, mesh)
 
@@ -329,7 +366,7 @@ class GPT(nn.Module):
         (B, 1, V), and None. caches: a list with (k, v) or None for each block, read and refilled in
         place, for generation; once they are filled, T = 1. before: the two tokens that come before
         idx, (B, 2); those in the caches are not seen otherwise. Raises ValueError if the context is
-        longer than block_size. In training the loss has the mixture of experts' balance added.
+        longer than block_size. In training the balance of layers that keep one is added.
         """
         B, T = idx.size()
         past = 0
@@ -358,9 +395,10 @@ class GPT(nn.Module):
                                reduction=reduction)
         if reduction == "none":
             loss = loss.view(B, T)
-        if self.training and self.config.ffn == "moe":
+        weight = {"moe": self.config.moe_balance, "memory": self.config.mem_balance}
+        if self.training and weight.get(self.config.ffn):
             balance = torch.stack([layer.balance for _, layer in self.memories()])
-            loss = loss + self.config.moe_balance * balance.mean()
+            loss = loss + weight[self.config.ffn] * balance.mean()
         return logits.detach(), loss
 
     @torch.no_grad()

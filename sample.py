@@ -364,6 +364,9 @@ def layers_with_tables(model):
     if not model.tables:
         raise ValueError(f"this run is {model.config.ffn}, it reads no table: give a run with "
                          f"memory layers")
+    if model.config.ffn == "ultramem":
+        raise ValueError("this run is ultramem, where a row of the table stands for four slots, "
+                         "which is not shown: give a run of another kind")
     found = []
     for block, layer in model.memories():
         table = [table is layer.tables[0] for table in model.tables].index(True)

@@ -73,6 +73,8 @@ class Settings(GPTConfig):
                                     "Lower it when memory runs out")
     learning_rate: float = setting(3e-3, "peak rate; linear warm-up, then linear decay to 0")
     value_lr: float = setting(5e-3, "the same for the memory table's values")
+    value_lr_end: float = setting(1.0, "what the values' rate falls to besides, along a line, as a "
+                                  "share of its peak; UltraMem: 0.25")
     expert_lr: float = setting(3e-3, "the same for the experts of --ffn moe")
     weight_decay: float = setting(0.1, "on matrices; "
                                   "not on embeddings, norms, half-keys and values")
@@ -141,7 +143,9 @@ LIMITS = {
     "vocab_size": (0, 2**16), "block_size": (0, 2**20), "n_layer": (1, 1000),
     "n_head": (1, 1000), "n_embd": (1, 2**16), "mem_heads": (1, 1000),
     "mem_key_dim": (0, 2**16), "mem_value_dim": (0, 2**16), "expert_lr": (1e-30, 1e38),
+    "value_lr_end": (0, 1),
     "moe_experts": (0, 2**16), "moe_topk": (0, 2**16), "moe_balance": (0, 1e9),
+    "mem_balance": (0, 1e9),
 }
 
 
@@ -435,10 +439,14 @@ class Loader:
 
 # ---- optimizers
 
-def schedule(step, s):
-    """The factor on a learning rate: linear warm-up, times a line from 1 to zero at max_steps."""
+def schedule(step, s, end=1.0):
+    """The factor on a learning rate: linear warm-up, times a line from 1 to zero at max_steps.
+
+    And times another line, from 1 to `end`.
+    """
     warmup = min(1, (step + 1) / max(s.warmup_steps, 1))
-    return warmup * (1 - step / s.max_steps)
+    done = step / s.max_steps
+    return warmup * (1 - done) * (1 - (1 - end) * done)
 
 
 def make_optimizers(model, s):
@@ -470,7 +478,8 @@ def make_optimizers(model, s):
         optimizers.append(TableAdamW(tables, s.value_lr, betas, largest_norm(s), s.compile))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["peak"] = group["lr"]  # the loop sets lr to peak * schedule
+            group["peak"] = group["lr"]  # the loop sets lr to peak * schedule(..., end)
+            group["end"] = s.value_lr_end if isinstance(optimizer, TableAdamW) else 1.0
     return optimizers, matrices + rest + experts
 
 
@@ -1126,6 +1135,7 @@ def label(settings):
     labels = {
         "dense": f"Dense, width {config.n_embd}",
         "memory": f"{name}, {config.mem_n_keys ** 2:,} slots",
+        "ultramem": f"UltraMem, {config.ultramem_n_keys() ** 2:,} slots",
         "hash": f"Hashed memory, {config.mem_n_keys ** 2:,} slots",
         "peer": f"PEER, {config.peer_n_keys() ** 2:,} experts",
         "moe": f"MoE, {config.experts():,} experts",
@@ -1595,7 +1605,7 @@ class Trainer:
         torch.manual_seed(hash((self.s.seed, step, self.rank)))
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * schedule(step, self.s)
+                group["lr"] = group["peak"] * schedule(step, self.s, group["end"])
         loss = self.forward_and_backward(step)
         norms = [torch.nn.utils.clip_grad_norm_(self.dense, largest_norm(self.s))]
         self.optimizers[0].step()

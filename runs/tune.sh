@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The learning rates of every kind, tuned alike on seed 1. 29 runs, about an hour and a half on two
+# The learning rates of every kind, tuned alike on seed 1. 33 runs, about two hours on two
 # cores.
 #
 # A kind has one rate, or two: that of the whole, and that of its table or its experts. Each sweep
@@ -42,7 +42,11 @@ run tune-memory-3e-3-6.4e-1 --learning-rate 3e-3 --value-lr 6.4e-1 --seed 1
 run tune-plus-1.5e-3-1.6e-1 --mem-gate --qk-norm --learning-rate 1.5e-3 --value-lr 1.6e-1 --seed 1
 run tune-plus-6e-3-1.6e-1 --mem-gate --qk-norm --learning-rate 6e-3 --value-lr 1.6e-1 --seed 1
 run tune-plus-3e-3-4e-2 --mem-gate --qk-norm --learning-rate 3e-3 --value-lr 4e-2 --seed 1
+run tune-plus-3e-3-1.6e-1 --mem-gate --qk-norm --learning-rate 3e-3 --value-lr 1.6e-1 --seed 1
 run tune-plus-3e-3-6.4e-1 --mem-gate --qk-norm --learning-rate 3e-3 --value-lr 6.4e-1 --seed 1
+run tune-plus-3e-3-2.56 --mem-gate --qk-norm --learning-rate 3e-3 --value-lr 2.56 --seed 1
+run tune-plus-1.5e-3-2.56 --mem-gate --qk-norm --learning-rate 1.5e-3 --value-lr 2.56 --seed 1
+run tune-plus-7.5e-4-6.4e-1 --mem-gate --qk-norm --learning-rate 7.5e-4 --value-lr 6.4e-1 --seed 1
 
 # More experts, each of half the size.
 run tune-experts-256 --ffn moe --moe-experts 256 --seed 1

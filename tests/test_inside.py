@@ -35,9 +35,10 @@ RUNS = {
     "two": "--mem-layers 0,1 --mem-gate --qk-norm --no-mem-share",
     "peer": "--mem-layers 1 --ffn peer",
     "hash": "--mem-layers 1 --ffn hash",
+    "ultramem": "--mem-layers 1 --ffn ultramem",
     "dense": "--ffn dense",
 }
-WITH_TABLES = [name for name in RUNS if name != "dense"]
+WITH_TABLES = [name for name in RUNS if name not in ("ultramem", "dense")]
 NEW = """relation\tsubject\tanswer
 birth\tKelbel Alderbeck\t{answer}
 birth\tKelbin Alderby\t{answer}
@@ -464,6 +465,11 @@ def test_a_bfloat16_table_in_slices_is_taught(base, say, tables, tmp_path):
 ])
 def test_a_dense_run(base, say, flags, said):
     assert said in say("dense", *flags)
+
+
+@pytest.mark.parametrize("flags", [["--show-memory", "Tasia"], ["--slot", 3], ["--map"]])
+def test_rows_that_are_read_in_four_ways_are_not_shown(say, flags):
+    assert "is ultramem, where a row of the table stands for four slots" in say("ultramem", *flags)
 
 
 @pytest.mark.parametrize("flags, said", [

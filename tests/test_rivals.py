@@ -3,6 +3,7 @@
 Each is held to a twin that follows the formula word by word, one token and one read at a time.
 """
 import json
+import math
 import os
 import signal
 import subprocess
@@ -16,7 +17,8 @@ import torch.nn.functional as F
 from test_train import TINY, check_same_run, exit_code, in_child, run_slowly
 
 import train
-from memory import PEER, HashedMemory, MemoryTable, MixtureOfExperts
+from memory import (PEER, HashedMemory, MemoryTable, MixtureOfExperts, UltraMem,
+                    tucker_topk, unevenness)
 from model import GPT, RIVALS, GPTConfig
 
 V, T, C = 50, 12, 16
@@ -103,6 +105,99 @@ def test_layers_hash_differently():
     model = make("hash")
     one, other = (layer.factors for _, layer in model.memories())
     assert (one != other).any(dim=1).all()
+
+
+# ---- UltraMem
+
+def ultramem(topk=3):
+    torch.manual_seed(0)
+    layer = UltraMem(C, MemoryTable(3, 5).double(), heads=2, topk=topk, key_dim=8).double()
+    torch.nn.init.normal_(layer.core)
+    return layer
+
+
+def ultramem_scores(layer, x, h):
+    """What head h makes of one token x (C,): the scores of all pairs, (n, n), and the core's u, v.
+
+    One query and one set of half-keys at a time.
+    """
+    d = layer.half_dim
+    queries = F.rms_norm((layer.query.weight @ x).view(2, 2, 2, d), (d,)) / d**0.5
+    keys = F.rms_norm(layer.half_keys, (d,))
+    rows, columns = (torch.stack([keys[side, h, r] @ queries[side, h, r] for r in range(2)])
+                     for side in range(2))  # (r, n) both
+    u, _, v = torch.linalg.svd(layer.core[h].detach().float())
+    sign = 1 if u[:, 0].sum() >= 0 else -1
+    u = sign * u[:, 0].double()
+    v = sign * v[0].double()
+    shortlist = [set((a @ scores).topk(layer.topk).indices.tolist())
+                 for a, scores in ((u, rows), (v, columns))]
+    return rows.T @ layer.core[h] @ columns, shortlist
+
+
+def ultramem_twin(layer, x):
+    table, = layer.tables
+    S = len(table.values)
+    ways = layer.out.weight.view(C, 4, -1)  # (C, 4, D)
+    y = torch.zeros_like(x)
+    for b in range(len(x)):
+        for t in range(x.shape[1]):
+            for h in range(2):
+                scores, (some_rows, some_columns) = ultramem_scores(layer, x[b, t], h)
+                pairs = [(i, j) for i in some_rows for j in some_columns]
+                pairs.sort(key=lambda pair: -scores[pair].item())
+                for i, j in pairs[:layer.topk]:
+                    virtual = layer.shuffle[i * 6 + j].item()
+                    value = table.values[virtual % S]
+                    y[b, t] += scores[i, j] / layer.topk * (ways[:, virtual // S] @ value)
+    return y
+
+
+@pytest.mark.parametrize("topk", [1, 3, 6])
+def test_ultramem_is_its_formula(topk):
+    check_gradients(ultramem(topk), ultramem_twin, torch.randn(2, T, C).double())
+
+
+def test_ultramem_finds_the_best_pairs_of_all_when_it_may_shortlist_all():
+    """The core's other singular vectors do not matter then."""
+    layer = ultramem(topk=6)
+    x = torch.randn(5, C).double()
+    _, _, weights = layer.search(x)  # (5, 2 * 6)
+    for n in range(5):
+        for h in range(2):
+            every, _ = ultramem_scores(layer, x[n], h)
+            found = weights.view(5, 2, 6)[n, h] * 6
+            assert torch.allclose(found, every.flatten().topk(6).values)
+
+
+def test_ultramem_reads_every_row_in_four_ways():
+    layer = ultramem()
+    virtual = layer.shuffle
+    assert torch.equal(virtual.sort().values, torch.arange(36))
+    assert ((virtual % 9).bincount() == 4).all() and ((virtual // 9).bincount() == 9).all()
+    assert not torch.equal(virtual, torch.arange(36))
+
+
+def test_a_core_of_rank_one_loses_nothing_in_the_shortlist():
+    """As it is when training begins: score = (sum of the row's scores) * (sum of the column's)."""
+    torch.manual_seed(0)
+    rows = torch.rand(1, 2, 7, 20).double()
+    columns = torch.rand(1, 2, 7, 20).double()
+    core = torch.full((1, 2, 2), 0.5).double()
+    scores, i, j = tucker_topk(rows, columns, core, 5)
+    every = torch.einsum("hrni,hrq,hqnj->nhij", rows, core, columns).flatten(2)
+    assert torch.allclose(scores, every.topk(5).values)
+    assert torch.allclose(scores, every.gather(2, i * 20 + j))
+
+
+@pytest.mark.parametrize("table, sizes, words", [
+    (dict(), dict(topk=7), "topk 7 is not between 1 and the 6 half-keys"),
+    (dict(), dict(key_dim=5), "key_dim 5 is not an even number"),
+    (dict(dtype=torch.bfloat16), dict(), "whole tables in float32"),
+])
+def test_an_ultramem_that_cannot_work_is_refused(table, sizes, words):
+    with pytest.raises(ValueError, match=words):
+        UltraMem(C, MemoryTable(3, 5, **table), **dict(topk=3) | sizes)
 
 
 # ---- PEER
@@ -211,8 +306,31 @@ def test_balance_is_1_for_level_experts_and_E_for_a_single_one():
     assert abs(layer.balance.item() - 1) < 0.1
 
 
-def test_balance_is_in_the_training_loss_alone():
-    model = make("moe", moe_balance=0.5)
+def test_unevenness_is_0_for_half_keys_that_are_liked_the_same():
+    assert abs(unevenness(torch.zeros(2, 3, 5, 7)).item()) < 1e-6
+    one = torch.zeros(2, 3, 5, 7)
+    one[..., 4] = 100.0
+    assert abs(unevenness(one).item() - math.log(7)) < 1e-5
+    # Each token likes another half-key: even, although every token is sure.
+    assert abs(unevenness(100 * torch.eye(7).expand(2, 3, 7, 7)).item()) < 1e-5
+
+
+def test_unevenness_moves_half_keys_that_nobody_reads():
+    model = make("memory", mem_balance=0.5, mem_n_keys=64)
+    idx = torch.randint(V, (1, 3))
+    _, loss = model(idx, idx)
+    loss.backward()
+    _, layer = model.memories()[0]
+    assert layer.half_keys.grad.abs().sum(-1).min() > 0
+    model.config.mem_balance = 0.0
+    model.zero_grad()
+    model(idx, idx)[1].backward()
+    assert (layer.half_keys.grad.abs().sum(-1) == 0).any()
+
+
+@pytest.mark.parametrize("kind", ["moe", "memory"])
+def test_balance_is_in_the_training_loss_alone(kind):
+    model = make(kind, moe_balance=0.5, mem_balance=0.5 * (kind == "memory"))
     idx = torch.randint(V, (3, T))
     model.train()
     _, training = model(idx, idx)
@@ -220,7 +338,7 @@ def test_balance_is_in_the_training_loss_alone():
     model.eval()
     _, plain = model(idx, idx)
     assert torch.allclose(training, plain + 0.5 * balance)
-    assert balance >= 0.9
+    assert balance >= (0.9 if kind == "moe" else 1e-4)
 
 
 # ---- all of them in a GPT
@@ -286,10 +404,14 @@ def test_counts_of_a_mixture_add_up():
     ("moe", dict(moe_experts=-1), "--moe-experts"),
     ("moe", dict(moe_topk=65), "--moe-topk 65"),
     ("moe", dict(moe_balance=float("nan")), "--moe-balance"),
+    ("memory", dict(mem_balance=-0.1), "--mem-balance -0.1"),
+    ("hash", dict(mem_balance=0.1), "is for --ffn memory"),
     ("moe", dict(mem_dtype="bfloat16"), "--ffn moe has no"),
     ("peer", dict(mem_dtype="bfloat16"), "--ffn peer has no"),
     ("peer", dict(mem_value_dim=8), "--mem-value-dim"),
-    ("engram", {}, "choose dense, memory, hash, peer, moe"),
+    ("ultramem", dict(mem_value_dim=8), "--ffn ultramem has no"),
+    ("ultramem", dict(mem_n_keys=5, mem_gate=False), "as large as a table of --mem-n-keys 5"),
+    ("engram", {}, "choose dense, memory, ultramem, hash, peer, moe"),
 ])
 def test_what_cannot_work_is_refused(kind, changes, words):
     with pytest.raises(ValueError, match=words):
@@ -318,7 +440,8 @@ def test_a_run_is_stopped_and_resumed(kind, data, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind, tolerance", [("peer", 1e-4), ("moe", 3e-2), ("hash", 1e-4)])
+@pytest.mark.parametrize("kind, tolerance", [("ultramem", 1e-4), ("peer", 1e-4), ("moe", 3e-2),
+                                             ("hash", 1e-4)])
 def test_two_ranks_train_as_one(kind, tolerance, data, tmp_path):
     """A mixture keeps the experts of each rank equally busy, so it is a little different."""
     command = [*TINY, "--data", str(data), "--ffn", kind]
@@ -332,7 +455,7 @@ def test_two_ranks_train_as_one(kind, tolerance, data, tmp_path):
     assert one["params"] == two["params"]
 
 
-@pytest.mark.parametrize("kind", ["peer", "moe"])
+@pytest.mark.parametrize("kind", ["ultramem", "peer", "moe"])
 def test_a_table_that_cannot_be_cut_is_not(kind, data):
     s = train.Settings(data=str(data), n_layer=2, n_embd=32, n_head=2, batch_size=16, ffn=kind,
                        mem_layers=(1,), mem_n_keys=32)

@@ -228,6 +228,18 @@ def test_schedule():
     assert all(a > b for a, b in zip(rates[9:], rates[10:]))
 
 
+def test_the_rate_of_values_can_fall_further(data):
+    s = train.Settings(warmup_steps=0, max_steps=100)
+    assert train.schedule(0, s, end=0.25) == 1
+    assert train.schedule(50, s, end=0.25) == pytest.approx(0.5 * 0.625)
+    assert train.schedule(80, s, end=0.25) == pytest.approx(0.2 * 0.4)
+    trainer = make_trainer(data, "--value-lr-end", "0.25")
+    half = trainer.s.max_steps // 2
+    trainer.step(half)
+    dense, table = (optimizer.param_groups[0] for optimizer in trainer.optimizers)
+    assert table["lr"] / table["peak"] == pytest.approx(0.625 * dense["lr"] / dense["peak"])
+
+
 @pytest.mark.parametrize("micro", [16, 4])
 def test_a_step_by_hand(micro, data):
     """Its loss and gradient are those of the whole batch, in one forward pass or in four."""
@@ -991,7 +1003,7 @@ def test_nan_at_the_start(data, tmp_path, capfd):
 
 
 def test_nan_later_on_leaves_what_was_saved(data, tmp_path, capfd, monkeypatch):
-    def schedule(step, s):
+    def schedule(step, s, end=1.0):
         return 1.0 if step < 25 else math.nan
 
     monkeypatch.setattr(train, "schedule", schedule)
