@@ -882,16 +882,7 @@ def make_own_facts(from_file, out="data/own", control=0.025, documents=0, val_do
     if F < 2:
         raise ValueError(f"there is only one fact left: give at least two in {facts_path}")
     rng = np.random.default_rng(seed)
-    order = rng.permutation(F)  # (F,)
-    is_control = np.zeros(F, bool)  # (F,)
-    is_control[order[:share_of(control, F)]] = True
-    counts = own_counts(facts, order, is_control, settings)  # (F,): exact, or how likely
-    if facts[0].count is None:
-        text = rng.choice(F, documents or 16 * F, p=counts / counts.sum())  # (documents,)
-    else:
-        text = rng.permutation(np.repeat(np.arange(F), counts))  # (documents,)
-    other = rng.choice(F, val_documents, p=counts / counts.sum())  # (val_documents,)
-
+    text, other, is_control = draw_own_facts(facts, settings, rng)
     windows, _ = fill_windows(sentences.texts, tok.eot)  # (sentences, window)
     window = windows.shape[1]
     check_space([("tokens", out, 2 * window * (len(text) + val_documents + 2 * F))])
@@ -902,20 +893,39 @@ def make_own_facts(from_file, out="data/own", control=0.025, documents=0, val_do
                                 windows, F, tok)
         write_facts(folder / "val.bin", val_documents, phrase(other, sentences, rng),
                     windows, F, tok, examples=6)
-        # A fact without an unseen phrasing has its first one there, and does not count.
-        unseen = np.where(sentences.unseen < 0, sentences.first, sentences.unseen)  # (F,)
-        np.savez_compressed(
-            folder / "recall.npz",
-            seen=windows[sentences.first], seen_span=sentences.spans[sentences.first],
-            unseen=windows[unseen], unseen_span=sentences.spans[unseen],
-            has_unseen=sentences.unseen >= 0, exposures=exposures, control=is_control,
-            subject=np.array([fact.subject for fact in facts]))
+        np.savez_compressed(folder / "recall.npz", **recall_arrays(
+            facts, sentences, windows, exposures, is_control))
         print(f"{F:,} facts ({is_control.sum():,} of them are never in the text), "
               f"{len(patterns):,} relations, windows of {window} tokens, exposures "
               f"{quartiles(exposures[~is_control])}")
         write_meta(folder, tok, {"train": len(text), "val": val_documents}, source="own facts",
                    settings=settings, window=window, answers=possible_answers(facts),
                    files=[str(path) for path in (facts_path, patterns_path)])
+
+
+def draw_own_facts(facts, settings, rng):
+    """Which fact each sentence tells -> (training text, validation text, is_control (F,))."""
+    F = len(facts)
+    order = rng.permutation(F)  # (F,)
+    is_control = np.zeros(F, bool)  # (F,)
+    is_control[order[:share_of(settings["control"], F)]] = True
+    counts = own_counts(facts, order, is_control, settings)  # (F,): exact, or how likely
+    p = counts / counts.sum()  # (F,)
+    if facts[0].count is None:
+        text = rng.choice(F, settings["documents"] or 16 * F, p=p)  # (documents,)
+    else:
+        text = rng.permutation(np.repeat(np.arange(F), counts))  # (documents,)
+    return text, rng.choice(F, settings["val_documents"], p=p), is_control
+
+
+def recall_arrays(facts, sentences, windows, exposures, control):
+    """What recall.npz holds of F facts of one's own. exposures, control (F,)."""
+    # A fact without an unseen phrasing has its first one there, and does not count.
+    unseen = np.where(sentences.unseen < 0, sentences.first, sentences.unseen)  # (F,)
+    return dict(seen=windows[sentences.first], seen_span=sentences.spans[sentences.first],
+                unseen=windows[unseen], unseen_span=sentences.spans[unseen],
+                has_unseen=sentences.unseen >= 0, exposures=exposures, control=control,
+                subject=np.array([fact.subject for fact in facts]))
 
 
 def two_tables(paths):

@@ -952,17 +952,23 @@ def forget(model, tok, about, args):
     save_edited(model, args, dict(forget=dict(name=args.forget, titles=titles, **rows)), facts)
 
 
+def unfinished(args):
+    """What the folder --out is called until it is whole."""
+    return Path(f"{Path(args.out)}.part")
+
+
 def new_folder(args):
-    """Make the folder --out, and copy into it what stays as it is. It must not be there yet."""
+    """Begin the folder --out with copies of what stays as it is. It must not be there yet."""
     out = Path(args.out)
+    if out.exists():
+        raise ValueError(f"--out {out} exists already, and nothing is replaced: choose another")
+    part = unfinished(args)
     try:
-        out.mkdir(parents=True)
+        shutil.rmtree(part, ignore_errors=True)  # of a command that was interrupted
+        part.mkdir(parents=True)
         for name in ("config.json", "meta.json", "tokenizer.tiktoken", "reads.npz"):
             if (Path(args.run) / name).exists():
-                shutil.copy(Path(args.run) / name, out / name)
-    except FileExistsError:
-        raise ValueError(f"--out {out} exists already, and nothing is replaced: choose another") \
-            from None
+                shutil.copy(Path(args.run) / name, part / name)
     except OSError as error:
         raise ValueError(f"cannot write in {out} ({error.strerror}): choose another --out") \
             from None
@@ -992,12 +998,9 @@ def known_already(old, facts):
 
 def with_facts(old, facts, sentences, windows):
     """The arrays of recall.npz with the new facts after the old ones."""
-    unseen = np.where(sentences.unseen < 0, sentences.first, sentences.unseen)  # (F,)
     n = len(facts)
-    new = dict(seen=windows[sentences.first], seen_span=sentences.spans[sentences.first],
-               unseen=windows[unseen], unseen_span=sentences.spans[unseen],
-               has_unseen=sentences.unseen >= 0, exposures=np.zeros(n, int),
-               control=np.zeros(n, bool), subject=np.array([fact.subject for fact in facts]))
+    new = prepare_data.recall_arrays(facts, sentences, windows, np.zeros(n, int),
+                                     np.zeros(n, bool))
     old = dict(old)
     old.setdefault("has_unseen", np.ones(len(old["control"]), bool))
     return {name: np.concatenate([old[name], new[name]]) for name in new if name in old}
@@ -1005,7 +1008,7 @@ def with_facts(old, facts, sentences, windows):
 
 def save_edited(model, args, report, facts):
     """Write the changed model as a run folder of its own, --out: for sample.py and --init-from."""
-    out = Path(args.out)
+    part = unfinished(args)
     _, state = load_checkpoint(args.run)
     weights = model.state_dict()
     for name in ("wte.weight", "head.weight"):  # load() cut off the tokens that have no text
@@ -1019,12 +1022,13 @@ def save_edited(model, args, report, facts):
     state["tables"] = [{name: torch.cat(list(slices), dim=1) for name, slices in saved.items()}
                        for saved in state["tables"]]
     state["slices"] = []
-    problem = try_to_save(state, out / "ckpt.pt")
+    problem = try_to_save(state, part / "ckpt.pt")
     if problem:
         raise ValueError(problem)
-    write_arrays(out / "recall.npz", **facts)
-    write_json(out / "edit.json", dict(run=args.run, **report))
-    print(f"saved in {out}: ckpt.pt, recall.npz, edit.json")
+    write_arrays(part / "recall.npz", **facts)
+    write_json(part / "edit.json", dict(run=args.run, **report))
+    part.rename(args.out)
+    print(f"saved in {Path(args.out)}: ckpt.pt, recall.npz, edit.json")
 
 
 def what_to_do(model, args):

@@ -563,14 +563,14 @@ def teach_text(runs):
     few = statistics.mean(edit["after"][0] for edit in seeds(taught, "teach-slots-512"))
     return points(
         f"**The table learns at a small price.** With 4,096 slots {100 * mean['slots-4096']:.1f}% "
-        f"of the old facts are lost, with the whole model {100 * mean['full-1e-4']:.0f}%: the ratio "
-        f"is 1 to {mean['full-1e-4'] / mean['slots-4096']:.0f}. (The paper of the method finds 1 to "
-        f"8, with other models and facts.) The unseen phrasing is learnt, too.",
+        f"of the old facts are lost, with the whole model {100 * mean['full-1e-4']:.0f}%. The "
+        f"ratio is 1 to {mean['full-1e-4'] / mean['slots-4096']:.0f}. (The paper of the method "
+        f"finds 1 to 8, with other models and facts.) The unseen phrasing is learnt, too.",
         f"**Choosing slots does not help here.** All values lose as little "
-        f"({100 * mean['all-values-3']:.1f}%), because sentences about new people read their own "
-        f"part of the table anyway. What helps is to leave the rest of the model alone.",
-        f"**Too few slots hurt.** 512 slots hold {100 * few:.0f} of the 100 facts, and more is lost, "
-        f"because more steps are needed.")
+        f"({100 * mean['all-values-3']:.1f}%). What helps is to leave the rest of the model alone. "
+        f"A likely reason: sentences about new people read their own part of the table anyway.",
+        f"**Too few slots hurt.** 512 slots hold {100 * few:.0f} of the 100 facts. With 512 to "
+        f"2,048, it takes more steps, and more of the old facts are lost.")
 
 
 def tuning_text(runs):

@@ -505,6 +505,21 @@ def test_nothing_is_replaced(base, say, tables):
     assert "exists already" in say("memory", *tables)
 
 
+def test_what_was_interrupted_can_be_started_again(say, tables, monkeypatch):
+    out = tables[-1]
+
+    def full(state, path):
+        return "the disk is full"
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "try_to_save", full)
+        assert "the disk is full" in say("memory", *tables)
+    assert not out.exists(), "it would look like a run"
+    say("memory", *tables)
+    assert {"ckpt.pt", "config.json", "edit.json", "recall.npz"} <= {p.name for p in out.iterdir()}
+    assert [p.name for p in out.parent.iterdir() if p.name.startswith(out.name)] == [out.name]
+
+
 @pytest.mark.parametrize("row, said", [
     ("birth\tZorb Quux\tPemchester", "has 'Zorb', a word that the run's tokenizer does not know"),
     ("birth\t{long}\t{answer}", "the run's window has room for"),
