@@ -21,6 +21,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from prepare_data import reading, steady_output
@@ -457,6 +459,48 @@ def steps_table(runs):
     return markdown(["", "ms a step", "times dense", "quartiles"], rows)
 
 
+# ---- curves through sizes
+
+def log_odds(p):
+    return np.log(p / (1 - p))
+
+
+def fit(sizes, columns):
+    """A straight line for the log-odds of recall over log2 of the size -> (slope, intercept).
+
+    sizes: one for each point. columns: the recall of each point's seeds. Least squares.
+    """
+    x = np.repeat(np.log2(sizes), [len(column) for column in columns])
+    return np.polyfit(x, log_odds(np.concatenate(columns)), 1)
+
+
+def predicted(line, sizes):
+    """What a line of fit() says is recalled at these sizes."""
+    return 1 / (1 + np.exp(-np.polyval(line, np.log2(sizes))))
+
+
+def fit_band(sizes, columns, at, draws=400):
+    """The 5th and 95th percentile of what lines predict that are fitted to seeds drawn anew."""
+    rng = np.random.default_rng(0)
+    lines = [fit(sizes, [rng.choice(column, len(column)) for column in columns])
+             for _ in range(draws)]
+    return np.percentile([predicted(line, at) for line in lines], [5, 95], axis=0)
+
+
+def sizes_and_recall(runs, kinds, size):
+    """size: a function of a result -> (that of each kind, the recall of each kind's seeds)."""
+    sizes = [size(seeds(runs, kind)[0]) for kind in kinds]
+    return sizes, [values(runs, kind, "recall") for kind in kinds]
+
+
+def total_parameters(result):
+    return result["params"]["total"]
+
+
+def flops(result):
+    return result["flops_per_token"]
+
+
 # ---- sentences
 
 def paragraphs(*texts):
@@ -598,6 +642,7 @@ def slots_text(runs):
     sizes = list(SLOTS.values())
     expect(all(recall(runs, a) < recall(runs, b) for a, b in zip(sizes, sizes[1:])),
            "each row of the slots recalls more than the one before")
+    expect(recall(runs, sizes[0]) < recall(runs, "facts-dense"), "1,024 slots are worse than dense")
     most, dense = "facts-n512", "facts-dense"
     once = spread([recall_at(result, 1) for result in seeds(runs, most)], 3)
     dense_once = spread([recall_at(result, 1) for result in seeds(runs, dense)], 3)
@@ -612,10 +657,33 @@ def slots_text(runs):
         f"model {dense_once}.",
         f"**The cost in parameters**: {total['facts-n256'] / total[dense]:.0f} times the dense "
         f"model's with 65,536 slots, {total[most] / total[dense]:.0f} times with 262,144.",
-        "**A small table gains next to nothing.** With 1,024 slots it is twice as large as the MLP "
-        "that it replaces.",
+        "**A small table gains nothing.** With 1,024 slots it is twice as large as the MLP that it "
+        "replaces, and recalls less.",
         "**Tuning**: the memory models of all sizes keep the rates that were tuned at 16,384 "
-        "slots. (Those marked † had `--value-lr 4e-2`.)")
+        "slots. Other sizes may do better with rates of their own.")
+
+
+def scaling_text(runs):
+    sizes, columns = sizes_and_recall(runs, SLOTS.values(), total_parameters)
+    wide = seeds(runs, "facts-dense4")[0]
+    as_large = float(predicted(fit(sizes, columns), total_parameters(wide)))
+    dense = recall(runs, "facts-dense4")
+    expect(abs(as_large - dense) < 0.07, "at equal parameters memory and dense are about level")
+    memory = seeds(runs, "facts-memory")[0]
+    guess = float(predicted(fit(sizes[:-1], columns[:-1]), sizes[-1]))
+    return points(
+        f"**At equal parameters** a wider dense model recalls about as much: with "
+        f"{total_parameters(wide) / 1e6:.2f} M parameters dense has {dense:.2f}, the memory curve "
+        f"{as_large:.2f}. The dense model pays for it with {flops(wide) / 1e6:.1f} M FLOPs per "
+        f"token, the memory models have {flops(memory) / 1e6:.1f} M.",
+        f"**At equal FLOPs**, {flops(memory) / 1e6:.1f} M, dense recalls "
+        f"{recall(runs, 'facts-dense'):.2f} and memory {np.mean(columns[0]):.2f} to "
+        f"{np.mean(columns[-1]):.2f}, depending on the table. Slots add parameters, and next to no "
+        f"FLOPs.",
+        f"**How far to trust the curves**: not beyond what was measured. The log-odds of recall "
+        f"are fitted by a line over the logarithm of the size. Fitted to the four smaller tables, "
+        f"it promises {guess:.2f} for 262,144 slots, and {recall(runs, 'facts-n512'):.2f} was "
+        f"measured. The bands show the spread of the seeds alone.")
 
 
 def against_text(runs):
@@ -630,7 +698,8 @@ def against_text(runs):
         f"The step is slower on a CPU, so at equal time the gain over dense falls from "
         f"{times(runs, memory, 'facts-dense')} to {times(runs, memory, 'facts-dense-long')}.",
         "Each parameter of a memory model stores fewer bits than one of a dense model.",
-        "1,024 slots gain next to nothing.",
+        f"1,024 slots recall less than dense ({recall(runs, 'facts-n32'):.3f} and "
+        f"{recall(runs, 'facts-dense'):.3f}).",
         f"The seeds of Memory spread further than those of dense ({spreads[0]:.3f} and "
         f"{spreads[1]:.3f}).")
 
@@ -640,8 +709,8 @@ TABLES = {
     "README.md": [short_table, readme_text],
     "docs/results.md": [main_table, main_text, exposures_table, cost_table, names_table,
                         names_text, own_table, own_text, tuning_table, tuning_text, slots_table,
-                        slots_text, reads_table, variants_table, bfloat16_table, teach_table,
-                        teach_text, against_text],
+                        slots_text, scaling_text, reads_table, variants_table, bfloat16_table,
+                        teach_table, teach_text, against_text],
     "docs/speed.md": [steps_table],
     "docs/parallel.md": [ranks_table],
 }
@@ -747,6 +816,33 @@ def draw_slots(runs, figure):
     ax.legend(loc="upper left")
 
 
+def draw_scaling(runs, figure):
+    """Recall over parameters and over FLOPs, of tables of five sizes and MLPs of three widths."""
+    panels = {
+        "parameters, million": (total_parameters, [0.2, 0.5, 1, 2, 5, 10]),
+        "FLOPs per token, million": (flops, [1, 2, 3, 4, 5]),
+    }
+    axes = figure.subplots(1, 2, sharey=True)
+    for ax, (name, (size, ticks)) in zip(axes, panels.items()):
+        for label, kinds, color in (("Memory, more slots", SLOTS, GREEN),
+                                    ("Dense, wider", DENSE, BLUE)):
+            sizes, columns = sizes_and_recall(runs, kinds.values(), size)
+            for x, column in zip(sizes, columns):
+                ax.plot([x] * len(column), column, "o", color=color, ms=4)
+            at = np.geomspace(sizes[0], sizes[-1])
+            ax.plot(at, predicted(fit(sizes, columns), at), color=color, lw=2, label=label)
+            ax.fill_between(at, *fit_band(sizes, columns, at), color=color, alpha=0.2, lw=0)
+        ax.set_xscale("log")
+        ax.set_xticks([1e6 * tick for tick in ticks], [f"{tick:g}" for tick in ticks])
+        ax.minorticks_off()
+        ax.set_xlabel(name)
+    axes[0].set_ylim(0, 1.03)
+    axes[0].set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "100%"])
+    axes[0].set_ylabel("facts recalled")
+    axes[0].set_title("More slots, or a wider model?", loc="left")
+    axes[0].legend(loc="upper left")
+
+
 def draw_teaching(runs, figure):
     """What is lost when facts are taught, over the number of slots that may learn."""
     ax = figure.subplots()
@@ -772,11 +868,11 @@ def draw_teaching(runs, figure):
     ax.legend(loc="center right")
 
 
-def draw(runs, draw_into, path):
+def draw(runs, draw_into, path, width=6):
     import matplotlib
     from matplotlib.figure import Figure
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(6, 4.5), layout="constrained")
+        figure = Figure(figsize=(width, 4.5), layout="constrained")
         draw_into(runs, figure)
         figure.savefig(path, dpi=100)
 
@@ -801,7 +897,8 @@ def main():
     draw(runs, draw_facts, ROOT / "assets" / "facts.png")
     draw(runs, draw_slots, ROOT / "assets" / "slots.png")
     draw(runs, draw_teaching, ROOT / "assets" / "teach.png")
-    print("drawn: assets/facts.png, assets/slots.png and assets/teach.png")
+    draw(runs, draw_scaling, ROOT / "assets" / "scaling.png", width=10)
+    print("drawn: facts.png, slots.png, teach.png and scaling.png in assets/")
 
 
 if __name__ == "__main__":

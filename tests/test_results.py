@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -136,6 +137,17 @@ def test_the_best_rates_are_those_of_the_study():
         best = RUNS[f"facts-{kind}-1"]
         tried = [run["val_loss"] for name, run in RUNS.items() if name.startswith(f"tune-{kind}-")]
         assert best.get("older") or best["val_loss"] < min(tried), kind
+
+
+def test_the_goal_of_teaching():
+    """At most a fifth of what is lost when the whole model learns, with as much learnt."""
+    taught = report.teaching()
+    lost = {}
+    for name in ("slots-4096", "full-1e-4"):
+        edits = report.seeds(taught, f"teach-{name}")
+        assert len(edits) == 3 and all(edit["after"][0] >= 0.95 for edit in edits)
+        lost[name] = statistics.mean(report.share_lost(edit) for edit in edits)
+    assert lost["slots-4096"] < lost["full-1e-4"] / 5
 
 
 def test_two_processes_learn_the_same():
@@ -280,6 +292,32 @@ def test_the_pictures_show_means_and_bands(draw_into, tmp_path):
     names = [text.get_text() for text in ax.get_legend().get_texts()]
     assert all(re.match("Memory|Dense|PEER|Hashed|Mixture", name) for name in names)
     assert ax.get_xlabel() and ax.get_ylabel() == "facts recalled"
+
+
+def test_a_fit_finds_the_line_that_the_points_lie_on():
+    sizes = np.array([1e5, 4e5, 3e6, 2e7])
+    true = np.array([0.5, -9.0])
+    columns = [[p] * 3 for p in report.predicted(true, sizes)]
+    line = report.fit(sizes, columns)
+    assert np.allclose(line, true)
+    assert report.predicted(line, 2**18) == pytest.approx(0.5)  # log-odds 0.5 * 18 - 9 = 0
+    low, high = report.fit_band(sizes, columns, sizes)
+    assert np.allclose(low, high), "seeds that agree leave no doubt"
+    noisy = [[0.9 * p, p, 1.02 * p] for p in report.predicted(true, sizes)]
+    low, high = report.fit_band(sizes, noisy, sizes)
+    assert (low < high).all() and (high - low < 0.2).all()
+
+
+@pytest.mark.parametrize("draw_into, width, lines", [
+    (report.draw_scaling, 10, 4), (report.draw_teaching, 6, 3)])
+def test_the_other_pictures(draw_into, width, lines, tmp_path):
+    report.draw(RUNS, draw_into, tmp_path / "picture.png", width)
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    from matplotlib.figure import Figure
+    figure = Figure()
+    draw_into(RUNS, figure)
+    bands = sum(len(ax.collections) for ax in figure.axes)
+    assert bands == lines and len(figure.axes[0].get_legend().get_texts()) >= 2
 
 
 def test_the_citation_names_the_paper():
