@@ -358,6 +358,10 @@ class GPT(nn.Module):
         pairs = enumerate(block.ffn for block in self.blocks)
         return [(i, ffn) for i, ffn in pairs if not isinstance(ffn, MLP)]
 
+    def table_of(self, layer):
+        """Which of self.tables a layer of memories() reads, as a number."""
+        return [table is layer.tables[0] for table in self.tables].index(True)
+
     def forward(self, idx, targets=None, reduction="mean", caches=None, before=None):
         """idx (B, T) int64, targets (B, T) int64 or None -> (logits, loss).
 

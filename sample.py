@@ -108,7 +108,8 @@ def make_parser():
     what.add_argument("--prompt", help="text to go on with; without it a document is begun")
     what.add_argument("--recall", nargs="?", const="", metavar="NAME",
                       help="ask the facts about NAME, or a random handful")
-    what.add_argument("--show-memory", metavar="PROMPT", help="which slots each token reads")
+    what.add_argument("--show-memory", nargs="+", metavar="PROMPT", help="which slots each token "
+                      "reads; with more prompts also how many of them the tokens of those read")
     what.add_argument("--slot", type=int, help="the biography of a slot")
     what.add_argument("--map", action="store_true", help="draw which slots are used")
     what.add_argument("--teach", metavar="FACTS", help="teach the facts of this table, as in "
@@ -145,7 +146,10 @@ def read_args(argv):
     for name, number in NUMBERS.items():
         value = getattr(args, name)
         if value is not None and not number.low <= value <= number.high:
-            raise ValueError(f"{flag(name)} {value}: must be from {number.low} to {number.high}")
+            limits = f"from {number.low} to {number.high}"
+            if number.high == math.inf:
+                limits = f"at least {number.low}"
+            raise ValueError(f"{flag(name)} {value}: must be {limits}")
     changes = args.teach is not None or args.forget is not None
     if changes and not args.out:
         raise ValueError("--teach and --forget write a new run folder: name it with --out out/NAME")
@@ -163,6 +167,9 @@ def read_args(argv):
         raise ValueError("--out is for --teach and --forget: leave it out")
     if args.html and args.show_memory is None:
         raise ValueError('--html is for --show-memory: add --show-memory "some text"')
+    if args.html and not Path(args.html).parent.is_dir():
+        raise ValueError(f"--html {args.html}: there is no folder {Path(args.html).parent}: make "
+                         f"it, or choose another")
     args.device = pick_device(args.device)
     return args
 
@@ -212,6 +219,10 @@ def ids_of(tok, prompt, run):
     ids = tok.encode(prompt or "")
     if prompt is not None and not ids:
         raise ValueError(f"the prompt {prompt!r} makes no tokens: give it some text")
+    unknown = unknown_words(tok, set(tok.tokens), prompt or "")
+    if unknown:
+        print(f"{unknown[0]!r} is no word of this run's tokenizer: it is spelled in bytes, one "
+              f"token each", file=sys.stderr)
     # An end-of-text token begins a document. In the facts corpus each window is one document, so
     # the model has seen no sentence without it. Other text was cut anywhere: a prompt stands alone.
     is_facts = "window" in read_meta(run)
@@ -369,9 +380,8 @@ def layers_with_tables(model):
                          "which is not shown: give a run of another kind")
     found = []
     for block, layer in model.memories():
-        table = [table is layer.tables[0] for table in model.tables].index(True)
         finder = getattr(layer, "finder", layer)  # PEER has the search of a ProductKeyMemory
-        found.append((block, layer, table, getattr(finder, "heads", 1)))
+        found.append((block, layer, model.table_of(layer), getattr(finder, "heads", 1)))
     return found
 
 
@@ -397,14 +407,22 @@ def slots_mixed(weights):
 
 def show_memory(model, tok, about, args):
     """Print which slots each token of a prompt reads, and draw it. With --html as a page, too."""
-    ids = ids_of(tok, args.show_memory, args.run)
-    words = [spelling(tok, i) for i in ids]
+    prompts = [ids_of(tok, prompt, args.run) for prompt in args.show_memory]
+    if len({len(ids) for ids in prompts}) > 1:
+        counts = ", ".join(str(len(ids)) for ids in prompts)
+        raise ValueError(f"--show-memory: to be compared, prompts must have as many tokens each, "
+                         f"and these have {counts}: change them")
+    words = [spelling(tok, i) for i in prompts[0]]
     layers = []
-    for reads in read_windows(model, [ids]):
+    others = []
+    for reads in read_windows(model, prompts):  # of (prompts, T, H, K)
         layers.append(reads._replace(slots=reads.slots[0], weights=reads.weights[0]))  # (T, H, K)
+        others.append(reads.slots[1:])  # (prompts - 1, T, H, K)
     print(about, file=sys.stderr)
-    for reads in layers:
+    for reads, slots in zip(layers, others):
         print(reads_table(reads, words))
+        if len(slots):
+            print("\n" + shared_table(reads, slots, words, args.show_memory[1:]))
     if args.html:
         page = page_of(model, tok, layers, words, args)
         Path(args.html).write_text(page, "utf-8")
@@ -446,6 +464,25 @@ def reads_table(reads, words):
     return "\n".join(lines)
 
 
+def shared_table(reads, others, words, prompts):
+    """How many of the slots that a token reads the same token of another prompt reads, too.
+
+    reads: with (T, H, K). others (prompts, T, H, K): the slots of the other prompts.
+    """
+    T, H, K = reads.slots.shape
+    width = max(len(word) for word in words) + 2
+    left = max(len(prompt) for prompt in prompts) + 2
+    lines = [f"block {reads.block}: of the {H * K} slots of a token, how many are read in the same "
+             f"place of another prompt",
+             " " * left + "".join(word.rjust(width) for word in words)]
+    for prompt, slots in zip(prompts, others):
+        # A head looks for its own slots, so a slot counts once for each head that reads it.
+        is_shared = (reads.slots[..., :, None] == slots[..., None, :]).any(-1)  # (T, H, K)
+        counts = is_shared.sum(dim=(1, 2)).tolist()
+        lines.append(prompt.ljust(left) + "".join(f"{count:{width}d}" for count in counts))
+    return "\n".join(lines)
+
+
 def new_figure(width, height):
     """A figure that needs no display. matplotlib takes a while to import, so only pictures do."""
     from matplotlib.figure import Figure
@@ -466,14 +503,21 @@ def draw_reads(reads, words, n, path):
         for h in range(H):
             ax = axes[t][h]
             slots = reads.slots[t, h]  # (K,)
+            sizes = (300 * reads.weights[t, h]).clamp(min=4)  # (K,): in points, all to be seen
             ax.scatter((slots % n).numpy(), (slots // n).numpy(), color="#2b8a5a", alpha=0.6,
-                       s=(300 * reads.weights[t, h]).numpy(), lw=0)
-            ax.set(xlim=(-1, n), ylim=(n, -1), xticks=[], yticks=[], aspect="equal")
-            ax.set_title(f"mixes {mixed[t, h]:.1f} of {K}", fontsize=9)
+                       s=sizes.numpy(), lw=0)
+            margin = n / 30
+            ax.set(xlim=(-margin, n - 1 + margin), ylim=(n - 1 + margin, -margin), xticks=[],
+                   yticks=[], aspect="equal")
+            best = slots[reads.weights[t, h].argmax()].item()
+            ax.set_title(f"slot {best}, mixes {mixed[t, h]:.0f} of {K}", fontsize=8)
         axes[t][0].set_ylabel(words[t], fontsize=12, parse_math=False)
     for h in range(H):
         axes[-1][h].set_xlabel(f"head {h}", fontsize=12)
-    figure.suptitle(f"Slots that block {reads.block} reads (row: left half-key, column: right)")
+    axes[0][0].set_yticks([0, n - 1])
+    axes[-1][0].set_xticks([0, n - 1])
+    figure.suptitle(f"What block {reads.block} reads, and which slot has the largest weight\n"
+                    f"(row: left half-key, column: right half-key)", fontsize=11)
     figure.savefig(path, dpi=80)
 
 
@@ -485,16 +529,20 @@ def draw_map(model, tok, about, args):
     print(about, file=sys.stderr)
     figure = new_figure(6.5, 5.5)
     ax = figure.subplots()
-    least = 100 / windows  # a slot that no window reads gets the darkest colour, too
-    image = ax.imshow((100 * share).clamp(min=least).numpy(), norm="log", cmap="viridis")
+    ax.set_facecolor("#bbbbbb")  # what is not on a logarithmic scale, nought, is left out
+    image = ax.imshow((100 * share).numpy(), norm="log", cmap="viridis")
     figure.colorbar(image, label="% of the windows of the training text that read it")
     ax.set(xlabel="right half-key", ylabel="left half-key")
     ax.set_title(f"The {n * n:,} slots of the table", loc="left")
     picture = Path(args.run) / "map.png"
     figure.savefig(picture, dpi=100)
-    print(f"of {n * n:,} slots, {windows:,} windows of the training text:")
-    print(f"{(share == 0).float().mean():7.1%} are read by none of them")
+    print(f"{windows:,} windows of the training text. Of the {n * n:,} slots")
+    print(f"{(share == 0).float().mean():7.1%} are read by none of them (grey in the picture)")
     print(f"{(share > 0.5).float().mean():7.1%} are read by more than half of them")
+    for side, dim in (("left", 1), ("right", 0)):
+        best = share.mean(dim=dim).topk(min(3, n))  # (3,) both
+        most = ", ".join(f"{i} ({mean:.0%})" for i, mean in zip(best.indices, best.values))
+        print(f"{side} half-keys whose slots are read most, by so many of the windows: {most}")
     print(f"drawn: {picture}")
 
 
@@ -578,7 +626,7 @@ def show_slot(model, tok, about, args):
     print(f"slot {args.slot}: left half-key {args.slot // n}, right half-key {args.slot % n}")
     print(f"{readers[args.table][args.slot]:,} of {windows:,} windows of the training text read it")
     if who:
-        print(f"\n{len(who):,} beginnings of facts read it with their last word, most these:")
+        print(f"\n{len(who):,} beginnings of sentences read it at their last word, the strongest:")
         print("weight block head")
     for reader in who[:args.count]:
         print(f"{reader.weight:6.3f} {reader.block:5d} {reader.head:4d}  {reader.text}")
@@ -756,7 +804,7 @@ def measure_ablation(model, tok, args):
     models[what] = less
     if args.ablate_memory:
         mine = numbers_about(args.ablate_memory, load_facts(args.run, tok))
-        groups[f"about {args.ablate_memory}"] = mine
+        groups[f"{len(mine)} facts about {args.ablate_memory}"] = mine
         control = copy.deepcopy(model)
         chosen = slots_of_facts(model, facts["seen"][mine], args)
         zero_slots(control, read_as_often(model, chosen, args))
@@ -797,23 +845,23 @@ def new_facts(model, tok, args):
     facts, patterns = prepare_data.read_own_facts(Path(args.teach), Path(args.patterns))
     T = model.config.block_size
     known = set(tok.tokens)
-    wrong = []
+    wrong = {}  # what is wrong: the sentences
     for fact in facts:
         for pattern in patterns[fact.relation]:
             text, _ = prepare_data.say(pattern, fact)
-            ids = tok.encode(text)
             unknown = unknown_words(tok, known, text)
             if unknown:
-                wrong.append(f"{text!r} has {unknown[0]!r}, a word that the run's tokenizer does "
-                             f"not know")
-            elif len(ids) + 1 > T:
-                wrong.append(f"{text!r} has {len(ids)} tokens, the run's window has room for "
-                             f"{T - 1}")
-    for line in wrong[:10]:
-        print(line, file=sys.stderr)
+                wrong.setdefault(f"{unknown[0]!r}, a word that the run's tokenizer does not know",
+                                 []).append(text)
+            elif len(tok.encode(text)) + 1 > T:
+                wrong.setdefault(f"more than the {T - 1} tokens that the run's window has room for",
+                                 []).append(text)
+    for fault, texts in list(wrong.items())[:10]:
+        print(f"{len(texts):,} sentences have {fault}, as {texts[0]!r}", file=sys.stderr)
     if wrong:
-        raise ValueError(f"{len(wrong):,} sentences cannot be taught (the first ones stand above): "
-                         f"change them, or train on a corpus that has these words")
+        count = sum(map(len, wrong.values()))
+        raise ValueError(f"{count:,} sentences cannot be taught (the faults stand above): change "
+                         f"them, or train on a corpus that has these words")
     facts, sentences = prepare_data.put_into_words(facts, patterns, tok, T)
     windows = np.full((len(sentences.texts), T), tok.eot, "<u2")  # (sentences, T)
     for row, text in zip(windows, sentences.texts):
@@ -945,10 +993,14 @@ def forget(model, tok, about, args):
     rows = {"before": [share_known(model, facts, group) for group in (mine, others)]}
     zero_slots(model, chosen)
     rows["after"] = [share_known(model, facts, group) for group in (mine, others)]
-    titles = [f"about {args.forget}", f"{len(others):,} other facts"]
+    titles = [f"{len(mine)} facts about {args.forget}", f"{len(others):,} other facts"]
     print_shares("facts recalled", titles, rows)
+    if rows["before"][0] == 0:
+        print("it knew none of these: for a better experiment, choose somebody whom --recall knows")
     for table, slots in zip(model.tables, chosen):
         print(f"zeroed: {len(slots):,} of {len(table.values):,} slots")
+        if args.slots and len(slots) < args.slots:
+            print("these are all that the sentences read")
     save_edited(model, args, dict(forget=dict(name=args.forget, titles=titles, **rows)), facts)
 
 
@@ -996,13 +1048,22 @@ def known_already(old, facts):
     return np.flatnonzero(np.isin(old["subject"], [fact.subject for fact in facts]))
 
 
+def questions(windows, spans):
+    """The tokens before each answer, as tuples: the same question has the same tokens."""
+    return [tuple(window[:start].tolist()) for window, (start, _) in zip(windows, spans)]
+
+
 def with_facts(old, facts, sentences, windows):
-    """The arrays of recall.npz with the new facts after the old ones."""
+    """The arrays of recall.npz with the new facts, in the place of old ones with their question."""
     n = len(facts)
     new = prepare_data.recall_arrays(facts, sentences, windows, np.zeros(n, int),
                                      np.zeros(n, bool))
     old = dict(old)
     old.setdefault("has_unseen", np.ones(len(old["control"]), bool))
+    asked = set(questions(new["seen"], new["seen_span"]))
+    stays = np.array([question not in asked
+                      for question in questions(old["seen"], old["seen_span"])])  # (old facts,)
+    old = {name: array[stays] for name, array in old.items()}
     return {name: np.concatenate([old[name], new[name]]) for name in new if name in old}
 
 

@@ -791,8 +791,7 @@ def slots_by_table(model, reads):
     """What model.memory_reads found -> {number of the table: slots (B, reads of a window)}."""
     found = {}
     for (_, layer), (_, slots, _) in zip(model.memories(), reads):
-        number = [table is layer.tables[0] for table in model.tables].index(True)
-        found.setdefault(number, []).append(slots.flatten(1).cpu().long())
+        found.setdefault(model.table_of(layer), []).append(slots.flatten(1).cpu().long())
     return {number: torch.cat(parts, dim=1) for number, parts in found.items()}
 
 

@@ -12,7 +12,7 @@ done
 for seed in 1 2 3; do
     run facts-hash-$seed --ffn hash --value-lr 4e-2 --seed $seed
     run facts-peer-$seed --ffn peer --learning-rate 1.5e-3 --value-lr 1e-2 --seed $seed
-    run facts-plus-$seed --mem-gate --qk-norm --learning-rate 1.5e-3 --value-lr 6.4e-1 --seed $seed
+    run facts-plus-$seed --mem-gate --qk-norm --learning-rate 1.5e-3 --value-lr 2.56 --seed $seed
     # Four times the slots.
     run facts-n256-$seed --mem-n-keys 256 --seed $seed
     # Dense models of twice and of four times the FLOPs.

@@ -27,6 +27,8 @@ def main():
     parser.add_argument("out", help="folder to write to")
     parser.add_argument("--count", type=int, default=100, help="facts (default: 100)")
     args = parser.parse_args()
+    if args.count < 1:
+        raise ValueError(f"--count {args.count}: must be at least 1")
     facts = read_facts(args.data)
     tok = load_tokenizer(args.data)
     relations = read_meta(args.data)["relations"]

@@ -37,9 +37,9 @@ run() {
         run_by "$python" "$@"
         return
     fi
-    if (($(jobs -rp | wc -l) >= at_once)); then
-        wait -n
-    fi
+    while (($(jobs -rp | wc -l) >= at_once)); do
+        wait -n  # returns at once for each run that ended a while ago
+    done
     mkdir -p out
     set -m  # a process group of its own, so that it can be stopped with all that it started
     run_by "$python" "$@" >> "out/$1.txt" 2>&1 &

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The learning rates of every kind, tuned alike on seed 1. 33 runs, about two hours on two
+# The learning rates of every kind, tuned alike on seed 1. 35 runs, about two hours on two
 # cores.
 #
 # A kind has one rate, or two: that of the whole, and that of its table or its experts. Each sweep
@@ -45,8 +45,10 @@ run tune-plus-3e-3-4e-2 --mem-gate --qk-norm --learning-rate 3e-3 --value-lr 4e-
 run tune-plus-3e-3-1.6e-1 --mem-gate --qk-norm --learning-rate 3e-3 --value-lr 1.6e-1 --seed 1
 run tune-plus-3e-3-6.4e-1 --mem-gate --qk-norm --learning-rate 3e-3 --value-lr 6.4e-1 --seed 1
 run tune-plus-3e-3-2.56 --mem-gate --qk-norm --learning-rate 3e-3 --value-lr 2.56 --seed 1
-run tune-plus-1.5e-3-2.56 --mem-gate --qk-norm --learning-rate 1.5e-3 --value-lr 2.56 --seed 1
+run tune-plus-1.5e-3-6.4e-1 --mem-gate --qk-norm --learning-rate 1.5e-3 --value-lr 6.4e-1 --seed 1
 run tune-plus-7.5e-4-6.4e-1 --mem-gate --qk-norm --learning-rate 7.5e-4 --value-lr 6.4e-1 --seed 1
+run tune-plus-7.5e-4-2.56 --mem-gate --qk-norm --learning-rate 7.5e-4 --value-lr 2.56 --seed 1
+run tune-plus-1.5e-3-10.24 --mem-gate --qk-norm --learning-rate 1.5e-3 --value-lr 10.24 --seed 1
 
 # More experts, each of half the size.
 run tune-experts-256 --ffn moe --moe-experts 256 --seed 1

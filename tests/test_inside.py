@@ -167,6 +167,33 @@ def test_show_memory_shows_the_models_numbers(base, say, name):
     assert (base / name / "memory.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_prompts_are_compared(base, say):
+    """By hand: for each token, the slots of a head that the same head of the other prompt reads."""
+    model, tok, args = loaded(base, "two")
+    name, other = (str(name) for name in train.read_facts(base / "facts")["subject"][[0, 40]])
+    prompts = [f"{name} was born in", f"{other} was born in", f"{name} was born in"]
+    text = say("two", "--show-memory", *prompts)
+    ids = [[tok.eot] + tok.encode(prompt) for prompt in prompts]
+    tables = text.split("slots of a token")[1:]
+    layers = list(sample.read_windows(model, ids))
+    assert len(tables) == len(layers) == 2
+    for table, reads in zip(tables, layers):
+        rows = [line for line in table.splitlines() if " was born in" in line]
+        counts = [list(map(int, row.split(" in ")[1].split())) for row in rows]
+        for found, slots in zip(counts, reads.slots[1:].tolist()):
+            for t, heads in enumerate(slots):
+                first = reads.slots[0, t].tolist()
+                assert found[t] == sum(len(set(a) & set(b)) for a, b in zip(first, heads))
+        assert counts[0][0] == 8 > counts[0][2] and set(counts[1]) == {8}
+    assert "as many tokens each, and these have 4, 3" in say("two", "--show-memory", "was born in",
+                                                             "was born")
+
+
+def test_a_word_that_is_spelled_in_bytes_is_named(base, capsys):
+    assert sample.main([str(base / "memory"), "--show-memory", "Quux was", "--device", "cpu"]) == 0
+    assert "'Quux' is no word of this run's tokenizer" in capsys.readouterr().err
+
+
 def test_slots_mixed():
     assert sample.slots_mixed(torch.tensor([0.0, 1.0, 0.0])).item() == pytest.approx(1)
     assert sample.slots_mixed(torch.full((5, 8), 0.125)).tolist() == pytest.approx([8] * 5)
@@ -201,7 +228,7 @@ def test_the_page_runs(base, say, tmp_path):
 const made = [];
 function node(name) {
   const n = { name, children: [], setAttribute() {}, replaceChildren() { this.children = []; },
-              append(...c) { this.children.push(...c); } };
+              append(...c) { this.children.push(...c); }, scrollIntoView() {} };
   made.push(n);
   return n;
 }
@@ -400,6 +427,21 @@ def test_a_single_fact_is_taught(say, tables):
     assert shares(say("memory", *tables), "after")[0] == 100
 
 
+def test_a_taught_fact_takes_the_place_of_the_old_one(base, say, tables):
+    """People of the control group stand in recall.npz already, under `never read`."""
+    facts = train.read_facts(base / "facts")
+    control = np.flatnonzero(facts["control"])[0]
+    name = facts["subject"][control]
+    path = tables[1]
+    path.write_text(path.read_text().replace(subject_of(tables), name))
+    before = sample.facts_of(base / "memory")
+    say("memory", *tables)
+    after = sample.facts_of(tables[-1])
+    assert len(after["control"]) == len(before["control"]) + 1, "one is new, one is another"
+    asked = sample.questions(after["seen"], after["seen_span"])
+    assert len(set(asked)) == len(asked)
+
+
 def test_what_goes_with_what(say):
     assert "two experiments" in say("memory", "--ablate-memory", "--ablate-block", 1)
     assert "leave the rest out" in say("memory", "--map", "--ablate-memory")
@@ -477,6 +519,8 @@ def test_rows_that_are_read_in_four_ways_are_not_shown(say, flags):
     (["--slot", -1], "--slot -1 is not in 0..255"),
     (["--table", 1, "--map"], "--table 1: the model has 1"),
     (["--forget", "Nobody", "--out", "x"], "no fact is about 'Nobody': try "),
+    (["--forget", "Nobody", "--out", "x", "--slots", 0], "--slots 0: must be at least 1"),
+    (["--show-memory", "was", "--html", "no/page.html"], "there is no folder no: make it"),
     (["--forget", "Nobody"], "name it with --out"),
     (["--ablate-memory", "Nobody"], "no fact is about 'Nobody': try "),
     (["--teach", "x.tsv"], "name it with --out"),
@@ -521,7 +565,7 @@ def test_what_was_interrupted_can_be_started_again(say, tables, monkeypatch):
 
 
 @pytest.mark.parametrize("row, said", [
-    ("birth\tZorb Quux\tPemchester", "has 'Zorb', a word that the run's tokenizer does not know"),
+    ("birth\tZorb Quux\tPemchester", "3 sentences have 'Zorb', a word that the run's"),
     ("birth\t{long}\t{answer}", "the run's window has room for"),
 ])
 def test_facts_that_cannot_be_taught(say, tables, row, said):
@@ -543,10 +587,15 @@ def test_the_commands_of_the_lesson_run(base, capsys, tmp_path):
     """Every command of docs/lesson.md, in its order, on a small run."""
     place = {"out/facts-memory-1337": base / "memory", "out/facts-dense-1337": base / "dense",
              "Rasia Westshaw": somebody(base), "data/facts": base / "facts",
-             "--slot 4711": "--slot 47", "page.html": tmp_path / "page.html"}
+             "--slot 361": "--slot 47", "--ablate-block 2": "--ablate-block 0",
+             "page.html": tmp_path / "page.html"}
+    facts = train.read_facts(base / "facts")
+    for name in ("Temar Upson", "Nasia Westshaw", "Rasia Upson"):
+        place[name] = facts["subject"][0]
+    place["Sisel Westshaw"] = facts["subject"][facts["control"]][0]
     commands = re.findall(r"^    python (.*)|`python (sample.py .*?)`", LESSON, re.MULTILINE)
     commands = [indented or inline for indented, inline in commands]
-    assert len(commands) >= 11
+    assert len(commands) >= 15
     for command in commands:
         for word, stand_in in place.items():
             command = command.replace(word, str(stand_in))

@@ -25,7 +25,7 @@ import time_steps
 
 RESULTS = (ROOT / "docs" / "results.md").read_text("utf-8")
 # Script: how many runs it makes.
-SCRIPTS = {"baselines.sh": 36, "names.sh": 18, "tune.sh": 33, "slots.sh": 27, "variants.sh": 5,
+SCRIPTS = {"baselines.sh": 36, "names.sh": 18, "tune.sh": 35, "slots.sh": 27, "variants.sh": 5,
            "bfloat16.sh": 6, "own_facts.sh FACTS.tsv PATTERNS.tsv": 40, "teach.sh": 3,
            "two_ranks.sh": 3}
 STUB = """#!/usr/bin/env bash
@@ -128,6 +128,24 @@ def test_several_runs_at_a_time(tmp_path):
     for name in one_by_one:
         if name.startswith("variant"):
             assert "threads" in (runs.out / f"{name}.txt").read_text()
+
+
+def test_finished_runs_make_no_room_for_more(tmp_path):
+    """Two at a time, also after some runs that are skipped at once."""
+    stub = STUB + """echo begin >> "$CALLS.log"
+sleep 0.5
+echo end >> "$CALLS.log"
+"""
+    runs = Runs(tmp_path, stub)
+    for name in ("variant-h2-k64", "variant-h2"):
+        (runs.out / name).mkdir(parents=True)
+        (runs.out / name / "result.json").write_text("{}")
+    assert len(runs.trainings("variants.sh", JOBS="2")) == 3
+    running = most = 0
+    for line in (tmp_path / "calls.log").read_text().split():
+        running += 1 if line == "begin" else -1
+        most = max(most, running)
+    assert most == 2 and running == 0
 
 
 def test_a_run_that_fails_stops_those_beside_it(tmp_path):
