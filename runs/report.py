@@ -198,11 +198,6 @@ def markdown(head, rows):
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def mark(runs, kind):
-    """" †" for runs that are older than the layer norms."""
-    return " †" if any(result.get("older") for result in seeds(runs, kind)) else ""
-
-
 def training_time(runs, title, kind):
     """How many times as long as the dense model of 5,000 steps this kind trains.
 
@@ -239,7 +234,7 @@ def main_table(runs):
     rows = []
     for title, kind in MAIN.items():
         rows.append([
-            title + mark(runs, kind),
+            title,
             str(len(seeds(runs, kind))),
             spread(values(runs, kind, "recall"), 3),
             spread(values(runs, kind, "recall_unseen_phrasing"), 3),
@@ -262,7 +257,7 @@ def cost_table(runs):
             share = statistics.mean(values(runs, kind, "memory_usage"))
             used = [f"{share:.0%}", spread(values(runs, kind, "memory_kl"), 2)]
         rows.append([
-            title + mark(runs, kind),
+            title,
             f"{first['tokens'] / 1e6:.2f} M",
             f"{first['flops_per_token']:,}",
             f"{first['params']['total']:,} ({first['params']['active']:,})",
@@ -278,7 +273,7 @@ def exposures_table(runs):
     times = {"1": 1, "2-3": 2, "4-7": 4, "8-15": 8, "16-31": 16, "32-63": 32}
     rows = []
     for title, kind in MAIN.items():
-        row = [title + mark(runs, kind)]
+        row = [title]
         for low in times.values():
             row.append(spread([recall_at(result, low) for result in seeds(runs, kind)], 2))
         row.append(spread(values(runs, kind, "recall_control"), 3))
@@ -298,7 +293,7 @@ def slots_table(runs):
             step = STEP_OF.get(title, f"Memory, {title} slots")
             used = f"{statistics.mean(values(runs, kind, 'memory_usage')):.0%}"
         rows.append([
-            title + mark(runs, kind),
+            title,
             f"{first['params']['total']:,}",
             f"{first['flops_per_token']:,}",
             spread(values(runs, kind, "recall"), 3),
@@ -408,9 +403,6 @@ def tuning_table(runs):
     head = ["", "rate", "of the table or experts", "validation loss", "facts recalled"]
     rows = []
     for title, (kind, second) in TUNED.items():
-        if mark(runs, f"facts-{kind}"):
-            rows.append([title, NOT_YET, "", "", ""])
-            continue
         tried_in_study = runs[f"facts-{kind}-1"]
         tried = [tried_in_study]
         tried += [run for name, run in runs.items() if re.match(rf"tune-{kind}-\d", name)]
@@ -431,7 +423,7 @@ def tuning_table(runs):
 def bfloat16_table(runs):
     kinds = {"float32": ("Memory+", "facts-plus-6.4e-1"),
              "bfloat16": ("Memory+, bfloat16", "facts-bf16")}
-    rows = [[title + mark(runs, kind), spread(values(runs, kind, "recall"), 3),
+    rows = [[title, spread(values(runs, kind, "recall"), 3),
              spread(values(runs, kind, "val_loss"), 3), training_time(runs, step, kind)]
             for title, (step, kind) in kinds.items()]
     return markdown(["table held in", "facts recalled", "validation loss", "training time"], rows)
