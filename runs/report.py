@@ -310,9 +310,6 @@ def reads_table(runs):
     kinds = {"32 (the default)": ("Memory", "facts-memory"), "8": ("Memory, K = 8", "facts-k8")}
     rows = []
     for title, (step, kind) in kinds.items():
-        if f"{kind}-3" not in runs:
-            rows.append([title, "", NOT_YET, ""])
-            continue
         rows.append([title, f"{seeds(runs, kind)[0]['flops_per_token']:,}",
                      spread(values(runs, kind, "recall"), 3), training_time(runs, step, kind)])
     return markdown(["`--mem-topk`", "FLOPs per token", "facts recalled", "training time"], rows)
@@ -321,14 +318,9 @@ def reads_table(runs):
 def variants_table(runs):
     """Runs of one seed, beside the same seed of the kinds that they vary."""
     head = ["`python train.py --seed 1 --out-dir out/NAME` with", "NAME", "facts recalled"]
-    rows = []
-    for flags, name in VARIANTS.items():
-        recalled = f"{runs[name]['recall']:.3f}" if name in runs else NOT_YET
-        rows.append([flags, f"`{name}`", recalled])
+    rows = [[flags, f"`{name}`", f"{runs[name]['recall']:.3f}"]
+            for flags, name in VARIANTS.items()]
     return markdown(head, rows)
-
-
-
 
 
 def names_table(runs):
@@ -432,9 +424,6 @@ def bfloat16_table(runs):
 def ranks_table(runs):
     rows = []
     for title, kind in (("one process", "facts-memory"), ("two processes", "facts-2ranks")):
-        if f"{kind}-3" not in runs:
-            rows.append([title, NOT_YET, ""])
-            continue
         results = seeds(runs, kind)[:3]  # seeds 1 to 3: Memory has more
         rows.append([title, spread([result["recall"] for result in results], 3),
                      spread([result["val_loss"] for result in results], 3)])
