@@ -330,8 +330,7 @@ def names_table(runs):
         row = [example]
         for kind in ("dense", "memory", "hash"):
             name = f"{names}-{kind}"
-            has_run = f"{name}-3" in runs
-            row.append(spread(values(runs, name, "recall"), 3) if has_run else NOT_YET)
+            row.append(spread(values(runs, name, "recall"), 3))
         rows.append(row)
     return markdown(["people are named", "dense", "Memory", "hash"], rows)
 
@@ -557,21 +556,20 @@ def readme_text(runs):
 
 
 def names_text(runs):
-    if not all(f"apart-{kind}-3" in runs for kind in ("dense", "memory", "hash")):
-        return "Not measured yet."
     apart = {kind: recall(runs, f"apart-{kind}") for kind in ("dense", "memory", "hash")}
     expect(apart["memory"] > apart["hash"], "with names apart Memory recalls more than the hash")
-    found = [
+    single = {kind: recall(runs, f"single-{kind}") for kind in ("dense", "memory", "hash")}
+    deviation = statistics.stdev(values(runs, "single-memory", "recall"))
+    expect(abs(single["dense"] - single["memory"]) < deviation, "with single names dense is level")
+    return points(
         f"**Names apart**: the hash falls to {apart['hash']:.3f}, Memory recalls "
         f"{apart['memory']:.3f}. A query is made from all that the model has understood so far, "
-        f"wherever it stood."]
-    if all(f"single-{kind}-3" in runs for kind in ("dense", "memory", "hash")):
-        single = {kind: recall(runs, f"single-{kind}") for kind in ("dense", "memory", "hash")}
-        found.append(
-            f"**Single names**: {single['memory']:.3f} for Memory, {single['hash']:.3f} for the "
-            f"hash, {single['dense']:.3f} for dense. Each person has an embedding of their own "
-            f"here, which can hold what is known about them.")
-    return points(*found)
+        f"wherever it stood.",
+        f"**Single names**: dense recalls as much as Memory ({single['dense']:.3f} and "
+        f"{single['memory']:.3f}, within the spread), the hash {single['hash']:.3f}. Each person "
+        f"has an embedding of their own here, which can hold what is known about them: 8,000 "
+        f"people with 64 numbers each are half as many parameters as the table has. A memory layer "
+        f"helps where many share the words that name them.")
 
 
 def own_text(runs):
@@ -678,6 +676,8 @@ def against_text(runs):
     return points(
         f"The hash recalls {times(runs, 'facts-hash', memory)} as many facts as Memory in the "
         f"default corpus, in less time.",
+        f"Where each person is named by a word of their own, dense recalls as much as Memory "
+        f"({recall(runs, 'single-dense'):.3f} and {recall(runs, 'single-memory'):.3f}).",
         f"Memory+ recalls no more than Memory here ({recall(runs, 'facts-plus'):.3f} and "
         f"{recall(runs, memory):.3f}), and needs a table rate 16 times as high. The paper finds it "
         f"better.",
