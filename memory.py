@@ -189,12 +189,12 @@ class ProductKeyMemory(nn.Module):
     Memory+   both
 
     dim: C. table: a MemoryTable, which several layers may share. key_dim: of both halves together,
-    default C/2. balance: if keep_balance is set, the unevenness of the half-keys in the last
-    forward of training; GPT adds a little of it to the loss. Raises ValueError for sizes that
-    cannot work.
+    default C/2. balanced: keep in self.balance how uneven the half-keys were in the last forward of
+    training; GPT adds a little of it to the loss. Raises ValueError for sizes that cannot work.
     """
 
-    def __init__(self, dim, table, heads=4, topk=32, key_dim=None, gate=True, qk_norm=True):
+    def __init__(self, dim, table, heads=4, topk=32, key_dim=None, gate=True, qk_norm=True,
+                 balanced=False):
         super().__init__()
         key_dim = dim // 2 if key_dim is None else key_dim
         if heads < 1:
@@ -210,7 +210,7 @@ class ProductKeyMemory(nn.Module):
         self.reads = heads * topk  # R
         self.half_dim = key_dim // 2  # d
         self.qk_norm = qk_norm
-        self.keep_balance = False
+        self.balanced = balanced
         self.balance = None
         self.query = nn.Linear(dim, heads * key_dim, bias=False)  # weight (H*2d, C)
         half_keys = torch.empty(2, heads, table.n_keys, self.half_dim)  # (2, H, n, d)
@@ -237,7 +237,7 @@ class ProductKeyMemory(nn.Module):
             d = self.half_dim
             queries = F.rms_norm(queries, (d,)) / math.sqrt(d)  # (N, H, 2, d)
             keys = F.rms_norm(keys, (d,))  # (2, H, n, d)
-        if self.keep_balance and self.training:
+        if self.balanced and self.training:  # makes the half-scores a second time
             self.balance = unevenness(half_key_scores(queries, keys))
         scores, slots = product_key_topk(queries, keys, self.topk)  # (N, H, K) both
         return slots, scores.softmax(dim=-1)
@@ -382,9 +382,12 @@ class UltraMem(nn.Module):
         self.reads = heads * topk  # R
         self.half_dim = key_dim // 2  # d
         self.side = table.n_keys * math.isqrt(self.WAYS)  # m
-        if key_dim < 2 or key_dim % 2 or not 1 <= topk <= self.side:
-            raise ValueError(f"key_dim {key_dim} is not an even number above 0, or topk {topk} is "
-                             f"not between 1 and the {self.side} half-keys")
+        if not 1 <= topk <= self.side:
+            raise ValueError(f"topk {topk} is not between 1 and the {self.side} half-keys: lower "
+                             f"topk or make the table with more n_keys")
+        if key_dim < 2 or key_dim % 2:
+            raise ValueError(f"key_dim {key_dim} is not an even number above 0: "
+                             f"a key has two halves, so choose an even one")
         if not table.values.requires_grad:
             raise ValueError("UltraMem reads whole tables in float32: make the table with neither "
                              "dtype nor mesh")

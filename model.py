@@ -72,10 +72,8 @@ class GPTConfig:
             self.check_memory()
         if self.ffn == "moe":
             self.check_experts()
-        if self.ffn == "ultramem" and self.ultramem_topk() > 2 * self.ultramem_n_keys():
-            raise ValueError(f"--ffn ultramem: its matrices alone are as large as a table of "
-                             f"--mem-n-keys {self.mem_n_keys}, or it has fewer half-keys than "
-                             f"--mem-topk {self.mem_topk} needs: raise --mem-n-keys")
+        if self.ffn == "ultramem":
+            self.check_ultramem()
         return self
 
     def check_memory(self):
@@ -128,6 +126,17 @@ class GPTConfig:
                              f"--moe-topk to 1..{E}")
         if not self.moe_balance >= 0:
             raise ValueError(f"--moe-balance {self.moe_balance} is not at least 0: raise it")
+
+    def check_ultramem(self):
+        """The same for the sizes of UltraMem."""
+        n = self.ultramem_n_keys()
+        if n < 1:
+            raise ValueError(f"--ffn ultramem: its matrices alone are as large as a table of "
+                             f"--mem-n-keys {self.mem_n_keys}: raise it")
+        if self.ultramem_topk() > 2 * n:
+            raise ValueError(f"--mem-topk {self.mem_topk}: UltraMem reads twice as many slots per "
+                             f"head, {self.ultramem_topk()}, and has only {2 * n} half-keys: lower "
+                             f"--mem-topk or raise --mem-n-keys")
 
     # Each rival has as many parameters as the memory layer, and about as many FLOPs as the MLP.
 
@@ -273,10 +282,9 @@ def make_ffn(config, layer, table):
                         config.key_dim())
     if config.ffn == "peer":
         return PEER(C, table, H, config.peer_topk(), config.key_dim(), config.qk_norm)
-    layer = ProductKeyMemory(C, table, heads=H, topk=config.mem_topk, key_dim=config.key_dim(),
-                             gate=config.mem_gate, qk_norm=config.qk_norm)
-    layer.keep_balance = config.mem_balance > 0
-    return layer
+    return ProductKeyMemory(C, table, heads=H, topk=config.mem_topk, key_dim=config.key_dim(),
+                            gate=config.mem_gate, qk_norm=config.qk_norm,
+                            balanced=config.mem_balance > 0)
 
 
 def make_table(config, mesh):
@@ -521,7 +529,8 @@ class GPT(nn.Module):
         6 for each weight of a matrix that the token is multiplied with, half-keys and the tied head
         included; the embedding is a lookup. 12 * n_layer * T * C for attention (PaLM, appendix B).
         6 for each number that is read from a table, however large the table is, and for each weight
-        of an expert that is asked.
+        of an expert that is asked. What a search does with the scores is not counted: sorting,
+        sums of half-scores, UltraMem's grid of K * K pairs.
         """
         c = self.config
         matrices = 0

@@ -529,7 +529,8 @@ def draw_map(model, tok, about, args):
     print(about, file=sys.stderr)
     figure = new_figure(6.5, 5.5)
     ax = figure.subplots()
-    ax.set_facecolor("#bbbbbb")  # what is not on a logarithmic scale, nought, is left out
+    # Slots that no window reads stay grey: a logarithmic scale has no zero.
+    ax.set_facecolor("#bbbbbb")
     image = ax.imshow((100 * share).numpy(), norm="log", cmap="viridis")
     figure.colorbar(image, label="% of the windows of the training text that read it")
     ax.set(xlabel="right half-key", ylabel="left half-key")

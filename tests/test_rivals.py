@@ -411,6 +411,7 @@ def test_counts_of_a_mixture_add_up():
     ("peer", dict(mem_value_dim=8), "--mem-value-dim"),
     ("ultramem", dict(mem_value_dim=8), "--ffn ultramem has no"),
     ("ultramem", dict(mem_n_keys=5, mem_gate=False), "as large as a table of --mem-n-keys 5"),
+    ("ultramem", dict(mem_n_keys=7, mem_topk=7, mem_gate=False), "--mem-topk 7: UltraMem reads"),
     ("engram", {}, "choose dense, memory, ultramem, hash, peer, moe"),
 ])
 def test_what_cannot_work_is_refused(kind, changes, words):
