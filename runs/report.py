@@ -188,9 +188,12 @@ def recall_at(result, times):
     raise KeyError(times)
 
 
-# ---- tables
+def above_chance(result, times):
+    """The same, minus the recall of the facts that are never in the text."""
+    return recall_at(result, times) - result["recall_control"]
 
-NOT_YET = "not run yet"
+
+# ---- tables
 
 def markdown(head, rows):
     """A Markdown table. head: titles; rows: lists of as many cells."""
@@ -270,7 +273,7 @@ def cost_table(runs):
 
 def exposures_table(runs):
     """Recall by how often a fact was read."""
-    times = {"1": 1, "2-3": 2, "4-7": 4, "8-15": 8, "16-31": 16, "32-63": 32}
+    times = {"1": 1, "2-3": 2, "4-7": 4, "8-15": 8, "16-31": 16, "32-63": 32, "64-127": 64}
     rows = []
     for title, kind in MAIN.items():
         row = [title]
@@ -337,26 +340,38 @@ def names_table(runs):
 
 def own_table(runs):
     """Recall of facts of the real world, with words and with bytes as tokens."""
-    head = ["a token is", "", "rate of the table or experts", "facts recalled", "read 4-7 times",
-            "16-31", "64-127", "never (control)", "validation loss"]
+    head = ["tokens", "", "facts recalled", "read 4-7 times", "16-31", "64-127",
+            "never (control)", "validation loss", "FLOPs per token", "parameters"]
     rows = []
     for tokens in ("words", "bytes"):
         for title, kind in OWN.items():
             name = f"own-{tokens}-{kind}"
-            row = [f"one of the {tokens}", title]
             if f"{name}-3" not in runs:
-                rows.append([*row, "", NOT_YET, "", "", "", "", ""])
+                rows.append([tokens, title, "not run yet", *[""] * 7])
                 continue
             results = seeds(runs, name)
-            rate = results[0]["expert_lr" if kind == "moe" else "value_lr"]
-            row.append("" if kind == "dense" else f"{rate:g}")
-            row.append(spread(values(runs, name, "recall"), 3))
+            row = [tokens, title, spread(values(runs, name, "recall"), 3)]
             for times_read in (4, 16, 64):
                 row.append(spread([recall_at(result, times_read) for result in results], 2))
             row.append(spread(values(runs, name, "recall_control"), 3))
             row.append(spread(values(runs, name, "val_loss"), 3))
+            row.append(f"{flops(results[0]) / 1e6:.2f} M")
+            row.append(f"{total_parameters(results[0]) / 1e6:.2f} M")
             rows.append(row)
     return markdown(head, rows)
+
+
+def own_tuning_table(runs):
+    """The rates that were tried on these facts, on seed 1."""
+    rows = []
+    for tokens in ("words", "bytes"):
+        for title, kind in OWN.items():
+            if f"own-{tokens}-{kind}-1" not in runs:
+                continue
+            second = TUNED[title][1]
+            tried = tuned(runs, f"own-{tokens}-{kind}")
+            rows += [[tokens, *row] for row in rates_and_results(title, second, tried)]
+    return markdown(["tokens", *TUNING_HEAD], rows)
 
 
 def teach_table(runs):
@@ -389,26 +404,40 @@ def share_lost(edit):
     return 1 - edit["after"][2] / edit["before"][2]
 
 
+TUNING_HEAD = ["", "rate", "of the table or experts", "validation loss", "facts recalled"]
+
+
+def tuned(runs, kind):
+    """Seed 1 of a kind of the study, and the runs that differ from it in their rates alone."""
+    in_study = runs[f"{kind}-1"]
+    name = kind.removeprefix("facts-")
+    tried = [run for other, run in runs.items() if re.match(rf"tune-{name}-\d", other)]
+    expect(all(in_study["val_loss"] < run["val_loss"] for run in tried),
+           f"the study uses the best rates of {kind}")
+    return sorted([in_study, *tried], key=lambda run: [run[rate] for rate in RATES])
+
+
+def rates_and_results(title, second, tried):
+    """A row of a table for each run, with the best loss in bold. second: a rate's name, or None."""
+    best = min(run["val_loss"] for run in tried)
+    rows = []
+    for run in tried:
+        loss = f"{run['val_loss']:.4f}"
+        if run["val_loss"] == best:
+            loss = f"**{loss}**"
+        other = ""
+        if second:
+            other = f"{run[second]:g}"
+        rows.append([title, f"{run['learning_rate']:g}", other, loss, f"{run['recall']:.3f}"])
+    return rows
+
+
 def tuning_table(runs):
     """Every run of one seed that only differs in its rates from a kind of the study."""
-    head = ["", "rate", "of the table or experts", "validation loss", "facts recalled"]
     rows = []
     for title, (kind, second) in TUNED.items():
-        tried_in_study = runs[f"facts-{kind}-1"]
-        tried = [tried_in_study]
-        tried += [run for name, run in runs.items() if re.match(rf"tune-{kind}-\d", name)]
-        tried.sort(key=lambda run: [run[rate] for rate in RATES])
-        best = min(run["val_loss"] for run in tried)
-        expect(tried_in_study["val_loss"] == best, f"the study uses the best rates of {title}")
-        for run in tried:
-            loss = f"{run['val_loss']:.3f}"
-            if run["val_loss"] == best:
-                loss = f"**{loss}**"
-            other = ""
-            if second:
-                other = f"{run[second]:g}"
-            rows.append([title, f"{run['learning_rate']:g}", other, loss, f"{run['recall']:.3f}"])
-    return markdown(head, rows)
+        rows += rates_and_results(title, second, tuned(runs, f"facts-{kind}"))
+    return markdown(TUNING_HEAD, rows)
 
 
 def bfloat16_table(runs):
@@ -525,18 +554,18 @@ def main_text(runs):
         f"as dense. Why the hash is ahead here, and when it is not, is shown "
         f"[below](#how-people-are-named).",
         f"**At equal time** Memory recalls {times(runs, memory, 'facts-dense-long')} as many facts "
-        f"as dense. The rivals that search or route cost more time than Memory, the hash costs "
-        f"less.",
+        f"as dense. MoE and PEER take longer than Memory, the hash takes less.",
         f"**Against larger dense models**: Memory recalls "
         f"{times(runs, memory, 'facts-dense2')} as many facts as dense with twice the FLOPs, and "
         f"{times(runs, memory, 'facts-dense4')} as many as dense with four times the FLOPs. With "
         f"65,536 slots it is {times(runs, 'facts-n256', 'facts-dense2')} and "
         f"{times(runs, 'facts-n256', 'facts-dense4')}.",
         f"**The difference is in the long tail.** Facts that were read 64 times are known to all "
-        f"models. Facts that were read once are known to hardly any (Memory {once}).",
-        f"**A parameter of a table holds little**: "
-        f"{spread(values(runs, memory, 'bits_per_param'), 3)} bits in a Memory model, "
-        f"{spread(values(runs, dense, 'bits_per_param'), 3)} in a dense one.")
+        f"models. Of the facts that were read once all know few (Memory {once}).",
+        f"**A parameter of a memory model holds little**: "
+        f"{spread(values(runs, memory, 'bits_per_param'), 3)} bits. In the dense model of the same "
+        f"width it is {spread(values(runs, dense, 'bits_per_param'), 3)}, in the one of four times "
+        f"the FLOPs {spread(values(runs, 'facts-dense4', 'bits_per_param'), 3)}.")
 
 
 def readme_text(runs):
@@ -553,6 +582,37 @@ def readme_text(runs):
         f"{times(runs, 'facts-moe', dense)} as many, PEER {times(runs, 'facts-peer', dense)}, and "
         f"the hash {times(runs, 'facts-hash', dense)}. The gain is in the long tail: all models "
         f"know the facts that were read 64 times, and hardly any of those that were read once.")
+
+
+def choosing_text(runs):
+    facts = 40_000  # of the default corpus
+    by_size = [f"{100 * int(slots.replace(',', '')) / facts:.0f} slots give a recall of "
+               f"{recall(runs, kind):.2f}" for slots, kind in SLOTS.items()]
+    memory = runs["facts-memory-1"]
+    plus = runs["facts-plus-1"]
+    return points(
+        "**Is it worth it?** If the model is to know facts about many things, and the tokens that "
+        "name them are shared, yes. If each thing has a token of its own, a dense model learns as "
+        "much ([names](#how-people-are-named), [real facts](#facts-of-the-real-world)). If the "
+        "last two or three tokens always tell what the text is about, a hash learns more in less "
+        "time.",
+        f"**How many slots?** As many as memory and time allow ([more slots](#more-slots)). For "
+        f"100 facts, {', '.join(by_size)}.",
+        f"**How many reads?** The default, 4 heads of 32. With 8 instead of 32 the model recalls "
+        f"{recall(runs, 'facts-k8'):.2f} instead of {recall(runs, 'facts-memory'):.2f}, and trains "
+        f"{training_time(runs, 'Memory, K = 8', 'facts-k8')} instead of "
+        f"{training_time(runs, 'Memory', 'facts-memory')} times as long as dense. Two heads "
+        f"of 64 are as good as four of 32, within the spread of the seeds.",
+        f"**Which rates?** Take the rate that suits the dense model. Then give the table "
+        f"{memory['value_lr'] / memory['learning_rate']:.0f} times that, and try a quarter and "
+        f"four times of it ([tuning](#tuning)). Memory+ needs far more: "
+        f"{plus['value_lr'] / plus['learning_rate']:,.0f} times.",
+        f"**How many layers?** One, in the middle block of three. Two that share the table recall "
+        f"{runs['variant-two-layers']['recall']:.2f} with as many reads (one seed, not tuned).",
+        "**Gate and norm (Memory+)?** Not in so small a model. The paper finds them better in "
+        "models from 134 M parameters.",
+        "**Not tried**: learning at widths above 64 and with more than three blocks, ordinary "
+        "text, rates for each table size, a GPU.")
 
 
 def names_text(runs):
@@ -587,8 +647,9 @@ def teach_text(runs):
     return points(
         f"**The table learns at a small price.** With 4,096 slots {100 * mean['slots-4096']:.1f}% "
         f"of the old facts are lost, with the whole model {100 * mean['full-1e-4']:.0f}%. The "
-        f"ratio is 1 to {mean['full-1e-4'] / mean['slots-4096']:.0f}. (The paper of the method "
-        f"finds 1 to 8, with other models and facts.) The unseen phrasing is learnt, too.",
+        f"ratio is 1 to {mean['full-1e-4'] / mean['slots-4096']:.0f}, at the rate of 1e-4. (The "
+        f"paper of the method finds 1 to 8, with other models and facts.) The unseen phrasing is "
+        f"learnt, too.",
         f"**Choosing slots does not help here.** All values lose as little "
         f"({100 * mean['all-values-3']:.1f}%). What helps is to leave the rest of the model alone. "
         f"A likely reason: sentences about new people read their own part of the table anyway.",
@@ -612,10 +673,11 @@ def tuning_text(runs):
         f"**PEER is the most sensitive.** Where the sweep starts, at 3e-3 and 4e-2, it recalls "
         f"{tried('tune-peer-3e-3-4e-2')}, less than dense. At its best it is "
         f"{tried('facts-peer-1')}: `--learning-rate 1.5e-3 --value-lr 1e-2`.",
-        f"**256 experts** of 32 hidden units recall {tried('tune-experts-256')}, 128 experts "
-        f"of 64 {tried('facts-moe-1')}. The study uses the latter.",
+        f"**256 experts** of 32 hidden units (`tune-experts-256`) recall "
+        f"{tried('tune-experts-256')}, 128 experts of 64 {tried('facts-moe-1')}. The study uses "
+        f"the latter.",
         f"**Chosen by validation loss.** By recall it would be the same, but for the hash: with "
-        f"1.5e-3 it recalls {tried('tune-hash-1.5e-3-4e-2')} on this seed, in the study "
+        f"1.5e-3 it recalls {tried('tune-hash-1.5e-3-4e-2')}, with the study's 3e-3 "
         f"{tried('facts-hash-1')}. The spread of its seeds is wider than that.",
         f"**Hash**: `--value-lr 4e-2`. The default of `facts`, 1.6e-1, is Memory's; the hash "
         f"recalls {tried('tune-hash-3e-3-1.6e-1')} with it, {tried('facts-hash-1')} with its own.")
@@ -631,7 +693,7 @@ def slots_text(runs):
     dense_once = spread([recall_at(result, 1) for result in seeds(runs, dense)], 3)
     total = {kind: seeds(runs, kind)[0]["params"]["total"] for kind in (most, dense, "facts-n256")}
     return points(
-        "**Recall rises with every step**, as the paper finds. Each row has four times the slots "
+        "**Recall rises with every size**, as the paper finds. Each row has four times the slots "
         "of the row before.",
         f"**Against dense**: with 65,536 slots the model recalls "
         f"{times(runs, 'facts-n256', dense)} as many facts as the dense model of the same width, "
@@ -641,7 +703,7 @@ def slots_text(runs):
         f"**The cost in parameters**: {total['facts-n256'] / total[dense]:.0f} times the dense "
         f"model's with 65,536 slots, {total[most] / total[dense]:.0f} times with 262,144.",
         "**A small table gains nothing.** With 1,024 slots it is twice as large as the MLP that it "
-        "replaces, and recalls less.",
+        "replaces, and recalls no more.",
         "**Tuning**: the memory models of all sizes keep the rates that were tuned at 16,384 "
         "slots. Other sizes may do better with rates of their own.")
 
@@ -689,8 +751,9 @@ def against_text(runs):
         f"finds it better.",
         f"The step is slower on a CPU, so at equal time the gain over dense falls from "
         f"{times(runs, memory, 'facts-dense')} to {times(runs, memory, 'facts-dense-long')}.",
-        "Each parameter of a memory model stores fewer bits than one of a dense model.",
-        f"1,024 slots recall less than dense ({recall(runs, 'facts-n32'):.3f} and "
+        "A parameter of a memory model stores fewer bits than one of the dense model of the same "
+        "width.",
+        f"1,024 slots recall no more than dense ({recall(runs, 'facts-n32'):.3f} and "
         f"{recall(runs, 'facts-dense'):.3f}).",
         f"The seeds of Memory spread further than those of dense ({spreads[0]:.3f} and "
         f"{spreads[1]:.3f}).")
@@ -699,10 +762,11 @@ def against_text(runs):
 # Where each table and text stands.
 TABLES = {
     "README.md": [short_table, readme_text],
-    "docs/results.md": [main_table, main_text, exposures_table, cost_table, names_table,
-                        names_text, own_table, own_text, tuning_table, tuning_text, slots_table,
-                        slots_text, scaling_text, reads_table, variants_table, bfloat16_table,
-                        teach_table, teach_text, against_text],
+    "docs/results.md": [main_table, main_text, exposures_table, cost_table, choosing_text,
+                        names_table, names_text, own_table, own_text, own_tuning_table,
+                        tuning_table, tuning_text, slots_table, slots_text, scaling_text,
+                        reads_table, variants_table, bfloat16_table, teach_table, teach_text,
+                        against_text],
     "docs/speed.md": [steps_table],
     "docs/parallel.md": [ranks_table],
 }
@@ -746,8 +810,8 @@ def mean_and_deviation(columns):
 def draw_line(ax, x, columns, label, color, style):
     """The mean over seeds, and one standard deviation to either side as a band."""
     mean, deviation = mean_and_deviation(columns)
-    low = [max(m - d, 0) for m, d in zip(mean, deviation)]
-    high = [min(m + d, 1) for m, d in zip(mean, deviation)]
+    low = [m - d for m, d in zip(mean, deviation)]
+    high = [m + d for m, d in zip(mean, deviation)]
     ax.plot(x, mean, style, color=color, lw=2, ms=5, label=label)
     ax.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
 
@@ -781,6 +845,33 @@ def draw_facts(runs, figure):
     ax.set_ylabel("facts recalled")
     ax.set_title("Who remembers rare facts?", loc="left")
     ax.legend(loc="lower right")
+
+
+def draw_own(runs, figure):
+    """Recall of real facts above guessing over exposures, with words and with bytes as tokens."""
+    kinds = {
+        "hash": ("Hashed memory", ORANGE, "s-"),
+        "memory": ("Memory", GREEN, "o-"),
+        "moe": ("Mixture of experts", RED, "x-"),
+        "dense": ("Dense", BLUE, "^--"),
+    }
+    lows = [1, 2, 4, 8, 16, 32, 64]
+    axes = figure.subplots(1, 2, sharey=True)
+    for ax, tokens in zip(axes, ("words", "bytes")):
+        for kind, (label, color, style) in kinds.items():
+            results = seeds(runs, f"own-{tokens}-{kind}")
+            # A row holds the facts that were read from 4 to 7 times, say.
+            middle = [(low * (2 * low - 1)) ** 0.5 for low in lows]
+            columns = [[above_chance(result, low) for result in results] for low in lows]
+            draw_line(ax, middle, columns, label, color, style)
+        ax.set_xscale("log", base=2)
+        ax.set_xticks([1, 4, 16, 64], ["1", "4", "16", "64"])
+        ax.set_xlabel("times the fact was read in training")
+        ax.set_title(f"A token is one of the {tokens}", loc="left")
+    axes[0].set_yticks([0, 0.25, 0.5, 0.75], ["0", "25%", "50%", "75%"])
+    axes[0].set_ylim(-0.05, 0.85)
+    axes[0].set_ylabel("facts recalled, above guessing")
+    axes[1].legend(loc="upper left")
 
 
 def draw_slots(runs, figure):

@@ -93,13 +93,13 @@ def test_the_costs_of_parallel_memory_are_those_the_script_prints(tmp_path):
 # ---- claims
 
 def test_the_rivals_are_matched():
-    """Within 3% of the memory model's parameters, and at most 1.1 times dense FLOPs; measured."""
+    """Within 3% of the memory model's parameters, and no more FLOPs than dense; measured."""
     memory = RUNS["facts-memory-1"]["params"]["total"]
     dense = mean("facts-dense", "flops_per_token")
     for title in ("MoE", "hash", "PEER", "Memory", "Memory+"):
         run = RUNS[f"{report.MAIN[title]}-1"]
         assert run["params"]["total"] == pytest.approx(memory, rel=0.03), title
-        assert run["flops_per_token"] <= 1.1 * dense, title
+        assert run["flops_per_token"] <= dense, title
     assert mean("facts-dense2", "flops_per_token") >= 2 * dense
     assert mean("facts-dense4", "flops_per_token") >= 4 * dense
 
