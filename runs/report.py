@@ -1,7 +1,7 @@
 """Every table, number and picture of recall in README.md and docs/, from assets/facts.json.
 
     python runs/report.py              # write the tables into the documents, draw the pictures
-    python runs/report.py --collect    # first take over the result of every finished run in out/
+    python runs/report.py --collect    # first copy the result of every finished run in out/
 
 A table stands in a document between two comments, and is replaced as a whole:
 
@@ -10,8 +10,8 @@ A table stands in a document between two comments, and is replaced as a whole:
 
 assets/facts.json holds the result.json of each run, under the name of its folder. Runs that differ
 by their seed alone have names that end in -1, -2, -3 and so on. They are one kind of run here: a
-number is their mean, and what follows ± is their standard deviation. assets/steps.json holds what a
-step of each kind takes, from `python tests/time_steps.py --study --json assets/steps.json`.
+number is their mean, and what follows ± is their standard deviation. assets/teach.json holds what
+runs/teach.sh found. assets/steps.json holds how long a step of each kind takes, from `python tests/time_steps.py --study --json assets/steps.json`.
 """
 import argparse
 import json
@@ -45,6 +45,7 @@ MAIN = {
     "Memory+": "facts-plus",
     "Memory, 65,536 slots": "facts-n256",
 }
+# The kinds of runs/slots.sh: tables of several sizes, and dense models of several widths.
 SLOTS = {
     "1,024": "facts-n32",
     "4,096": "facts-n64",
@@ -57,14 +58,11 @@ DENSE = {
     "dense, 2 x FLOPs": "facts-dense2",
     "dense, 4 x FLOPs": "facts-dense4",
 }
-
-
 # The settings that runs/tune.sh tunes.
 RATES = ("learning_rate", "value_lr", "expert_lr")
-
-
 # Where assets/steps.json has another title for the same step.
 STEP_OF = {"dense, equal time": "dense", "16,384": "Memory"}
+STEP_OF |= {slots: f"Memory, {slots} slots" for slots in SLOTS if slots not in STEP_OF}
 # What runs/names.sh varies: the beginning of the names of its runs, and an example.
 NAMES = {
     "facts": "Rasia Westshaw (the default)",
@@ -162,11 +160,11 @@ def write(found, path):
 
 def seeds(runs, kind):
     """The results of one kind of run: those of its seeds."""
-    of_kind = re.compile(re.escape(kind) + r"-\d")
+    of_kind = re.compile(re.escape(kind) + r"-\d")  # one digit, so not facts-memory-1337
     found = [runs[name] for name in sorted(runs) if of_kind.fullmatch(name)]
     if len(found) < 2:
-        raise SystemExit(f"report.py: {FACTS} has {len(found)} run(s) named {kind}-SEED, "
-                         f"a mean and its spread take at least 2")
+        raise ValueError(f"there are {len(found)} run(s) named {kind}-SEED in assets/, "
+                         f"a mean and its spread take at least 2: run the others, then --collect")
     return found
 
 
@@ -205,10 +203,10 @@ def training_time(runs, title, kind):
     """How many times as long as the dense model of 5,000 steps this kind trains.
 
     From steps that were timed in turn, since the speed of a machine changes between whole runs.
-    title: of the kind in assets/steps.json.
+    title: of the kind in a table here, or in assets/steps.json.
     """
     steps = json.loads(STEPS.read_text("utf-8"))
-    median = steps[title]["ratio"][1]
+    median = steps[STEP_OF.get(title, title)]["ratio"][1]
     longer = seeds(runs, kind)[0]["max_steps"] / seeds(runs, "facts-dense")[0]["max_steps"]
     return f"{median * longer:.2f}"
 
@@ -225,7 +223,7 @@ def short_table(runs):
             spread(values(runs, kind, "recall"), 3),
             f"{first['flops_per_token'] / 1e6:.2f} M",
             f"{first['params']['total'] / 1e6:.2f} M",
-            training_time(runs, STEP_OF.get(title, title), kind),
+            training_time(runs, title, kind),
         ])
     head = ["", "facts recalled", "FLOPs per token", "parameters", "training time"]
     return markdown(head, rows)
@@ -249,7 +247,7 @@ def main_table(runs):
 
 
 def cost_table(runs):
-    """What each kind takes for that."""
+    """What each kind costs: tokens, FLOPs, parameters, time and memory."""
     head = ["", "tokens", "FLOPs per token", "parameters (active)", "training time",
             "peak memory of the process, MiB", "slots used", "KL"]
     rows = []
@@ -264,7 +262,7 @@ def cost_table(runs):
             f"{first['tokens'] / 1e6:.2f} M",
             f"{first['flops_per_token']:,}",
             f"{first['params']['total']:,} ({first['params']['active']:,})",
-            training_time(runs, STEP_OF.get(title, title), kind),
+            training_time(runs, title, kind),
             spread(values(runs, kind, "peak_memory_bytes", 2**-20), 0),
             *used,
         ])
@@ -290,10 +288,8 @@ def slots_table(runs):
     rows = []
     for title, kind in (SLOTS | DENSE).items():
         first = seeds(runs, kind)[0]
-        step = title
         used = ""
         if title in SLOTS:
-            step = STEP_OF.get(title, f"Memory, {title} slots")
             used = f"{statistics.mean(values(runs, kind, 'memory_usage')):.0%}"
         rows.append([
             title,
@@ -304,7 +300,7 @@ def slots_table(runs):
             spread(values(runs, kind, "val_loss"), 3),
             spread(values(runs, kind, "bits_per_param"), 3),
             used,
-            training_time(runs, step, kind),
+            training_time(runs, title, kind),
         ])
     return markdown(head, rows)
 
@@ -383,10 +379,11 @@ def teach_table(runs):
     for name, title in TAUGHT.items():
         edits = seeds(taught, f"teach-{name}")
         row = [title]
+        # Of each: new facts, new facts in the unseen phrasing, old facts.
         for when, i in (("after", 0), ("after", 1), ("before", 2), ("after", 2)):
             row.append(spread([edit[when][i] for edit in edits], 3))
         row.append(spread([share_lost(edit) for edit in edits], 3))
-        changed = [sum(edit["changed"]) for edit in edits]
+        changed = [sum(edit["changed"]) for edit in edits]  # over the tables of the model
         row.append(f"{statistics.mean(changed):,.0f}")
         row.append(f"{statistics.mean(edit['steps'] for edit in edits):.0f}")
         rows.append(row)
@@ -471,6 +468,7 @@ def steps_table(runs):
 # ---- curves through sizes
 
 def log_odds(p):
+    """Of a share between 0 and 1, both left out: there it is infinite."""
     return np.log(p / (1 - p))
 
 
@@ -489,7 +487,7 @@ def predicted(line, sizes):
 
 
 def fit_band(sizes, columns, at, draws=400):
-    """The 5th and 95th percentile of what lines predict that are fitted to seeds drawn anew."""
+    """Where 90% of the curves lie that are fitted to seeds drawn anew, with replacement."""
     rng = np.random.default_rng(0)
     lines = [fit(sizes, [rng.choice(column, len(column)) for column in columns])
              for _ in range(draws)]
@@ -497,7 +495,7 @@ def fit_band(sizes, columns, at, draws=400):
 
 
 def sizes_and_recall(runs, kinds, size):
-    """size: a function of a result -> (that of each kind, the recall of each kind's seeds)."""
+    """The size of each kind, and the recall of its seeds. size: a function of a result."""
     sizes = [size(seeds(runs, kind)[0]) for kind in kinds]
     return sizes, [values(runs, kind, "recall") for kind in kinds]
 
@@ -848,7 +846,7 @@ def draw_facts(runs, figure):
 
 
 def draw_own(runs, figure):
-    """Recall of real facts above guessing over exposures, with words and with bytes as tokens."""
+    """Recall of real facts above guessing over exposures, with bytes as tokens."""
     kinds = {
         "hash": ("Hashed memory", ORANGE, "s-"),
         "memory": ("Memory", GREEN, "o-"),
@@ -856,22 +854,21 @@ def draw_own(runs, figure):
         "dense": ("Dense", BLUE, "^--"),
     }
     lows = [1, 2, 4, 8, 16, 32, 64]
-    axes = figure.subplots(1, 2, sharey=True)
-    for ax, tokens in zip(axes, ("words", "bytes")):
-        for kind, (label, color, style) in kinds.items():
-            results = seeds(runs, f"own-{tokens}-{kind}")
-            # A row holds the facts that were read from 4 to 7 times, say.
-            middle = [(low * (2 * low - 1)) ** 0.5 for low in lows]
-            columns = [[above_chance(result, low) for result in results] for low in lows]
-            draw_line(ax, middle, columns, label, color, style)
-        ax.set_xscale("log", base=2)
-        ax.set_xticks([1, 4, 16, 64], ["1", "4", "16", "64"])
-        ax.set_xlabel("times the fact was read in training")
-        ax.set_title(f"A token is one of the {tokens}", loc="left")
-    axes[0].set_yticks([0, 0.25, 0.5, 0.75], ["0", "25%", "50%", "75%"])
-    axes[0].set_ylim(-0.05, 0.85)
-    axes[0].set_ylabel("facts recalled, above guessing")
-    axes[1].legend(loc="upper left")
+    # A row holds the facts that were read from 4 to 7 times, say: as in draw_facts.
+    middle = [(low * (2 * low - 1)) ** 0.5 for low in lows]
+    ax = figure.subplots()
+    for kind, (label, color, style) in kinds.items():
+        results = seeds(runs, f"own-bytes-{kind}")
+        columns = [[above_chance(result, low) for result in results] for low in lows]
+        draw_line(ax, middle, columns, label, color, style)
+    ax.set_xscale("log", base=2)
+    ax.set_xticks([1, 4, 16, 64], ["1", "4", "16", "64"])
+    ax.set_yticks([0, 0.25, 0.5, 0.75], ["0", "25%", "50%", "75%"])
+    ax.set_ylim(-0.1, 0.85)
+    ax.set_xlabel("times the fact was read in training")
+    ax.set_ylabel("facts recalled, above guessing")
+    ax.set_title("Real facts, bytes as tokens", loc="left")
+    ax.legend(loc="upper left")
 
 
 def draw_slots(runs, figure):
@@ -970,13 +967,14 @@ def main():
         print("collected:", " ".join(collect() + collect_teaching())
               or "nothing, out/ has no finished run")
     runs = load()
+    texts = {}  # all of them are made before the first is written
     for document, tables in TABLES.items():
-        path = ROOT / document
-        text = path.read_text("utf-8")
+        texts[document] = (ROOT / document).read_text("utf-8")
         for table in tables:
-            text = with_table(text, table, runs)
-        path.write_text(text, "utf-8")
-        print(f"written: {document}, with {len(tables)} tables")
+            texts[document] = with_table(texts[document], table, runs)
+    for document, text in texts.items():
+        (ROOT / document).write_text(text, "utf-8")
+        print(f"written: {document}, with {len(TABLES[document])} tables and texts")
     draw(runs, draw_facts, ROOT / "assets" / "facts.png")
     draw(runs, draw_slots, ROOT / "assets" / "slots.png")
     draw(runs, draw_teaching, ROOT / "assets" / "teach.png")

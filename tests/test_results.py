@@ -63,6 +63,29 @@ def test_a_table_replaces_the_old_one():
         report.with_table("nothing", a_table, "runs")
 
 
+def test_nothing_is_written_if_a_table_cannot_be_made(tmp_path, monkeypatch):
+    def good(runs):
+        return "new"
+
+    def bad(runs):
+        return runs["no such run"]
+
+    text = "<!-- report: {} -->\nold\n<!-- report: end -->\n"
+    for name in ("good", "bad"):
+        (tmp_path / name).write_text(text.format(name))
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "TABLES", {"good": [good], "bad": [bad]})
+    monkeypatch.setattr(sys, "argv", ["report.py"])
+    with pytest.raises(KeyError, match="no such run"):
+        report.main()
+    assert (tmp_path / "good").read_text() == text.format("good")
+
+
+def test_a_kind_of_one_seed_has_no_spread():
+    with pytest.raises(ValueError, match=r"there are 1 run\(s\) named odd-SEED .* at least 2: run"):
+        report.seeds({"odd-1": {}, "odd-1337": {}}, "odd")
+
+
 def test_a_sentence_that_no_longer_holds_is_refused():
     worse = {name: dict(run, recall=0.01) if name.startswith("facts-memory") else run
              for name, run in RUNS.items()}
