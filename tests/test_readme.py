@@ -1,8 +1,8 @@
 """
 What README.md says is true.
 
-Its commands parse, and so do those of docs/ and runs/. Its links lead somewhere. Its numbers are
-computed again from assets/facts.json and from the code. Its example runs.
+Its commands parse, and so do those of docs/. Its links lead somewhere. Its numbers are computed
+again from assets/facts.json and from the code. Its example runs.
 """
 import json
 import math
@@ -27,7 +27,6 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 TEXT = " ".join(README.split())  # on one line, so that a test can look for a sentence
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SCRIPTS = sorted((ROOT / "runs").glob("*.sh"))
 RUNS = json.loads((ROOT / "assets" / "facts.json").read_text("utf-8"))
 SETUP = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && .venv/bin/"
 
@@ -104,22 +103,9 @@ def commands_of_page(page):
                 yield command
 
 
-def commands_of_script(script):
-    """Every training that a script of runs/ starts, with numbers for its variables."""
-    for line in joined_lines(script.read_text("utf-8")):
-        line = re.sub(r"\$\{?\w+\}?", "1", line.strip().replace("$python", "python"))
-        if re.match(r"run(_by_two)? [\w.-]+ ", line):
-            yield "python train.py " + line.split(maxsplit=2)[2]
-        elif line.startswith("python train.py"):
-            yield line
-
-
 COMMANDS = set()
 for page in PAGES:
     COMMANDS.update(commands_of_page(page))
-for script in SCRIPTS:
-    if script.name != "run.sh":  # that one holds what the others share
-        COMMANDS.update(commands_of_script(script))
 
 
 def starting(*scripts):
@@ -134,8 +120,6 @@ def starting(*scripts):
 
 def test_there_are_commands():
     assert len([c for c in commands_of_page(ROOT / "README.md") if "train.py" in c]) >= 8
-    for script in SCRIPTS:
-        assert script.name == "run.sh" or list(commands_of_script(script)), script
 
 
 @pytest.mark.parametrize("command, argv", starting("train.py", "tests/time_steps.py"))

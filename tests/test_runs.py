@@ -1,5 +1,6 @@
 """
-The scripts in runs/: how they stop, skip and go on, and that docs/results.md says what they do.
+The scripts in runs/: their commands parse, and they stop, skip and go on as they should.
+docs/results.md says what they do.
 
 A stub takes the place of python. It only writes down what it is asked to run.
 """
@@ -16,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+import prepare_data
+import sample
 import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,6 +83,29 @@ def test_results_says_how_many_runs_a_script_makes(tmp_path, script, count):
     assert len(Runs(tmp_path).trainings(script)) == count
     line = next(line for line in RESULTS.splitlines() if f"| `bash runs/{script}` |" in line)
     assert f"| {count} |" in line or f"| {count}, " in line
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_commands_of_a_script_parse(tmp_path, script):
+    runs = Runs(tmp_path)
+    runs.trainings(script)
+    for call in runs.calls.read_text().splitlines():
+        name, flags = re.search(r"(\w+\.py) (.*)", call).groups()
+        argv = shlex.split(flags)
+        if name == "train.py":
+            settings, preset, _, compared = train.read_settings(argv)
+            assert preset == "facts"
+            assert compared is None or len(compared) > 1
+            # The data decides these.
+            settings.vocab_size = 512
+            settings.block_size = 9
+            settings.check()  # ValueError if they do not fit together
+        elif name == "sample.py":
+            assert sample.read_args(argv).run.startswith("out/")
+        elif name == "prepare_data.py":
+            prepare_data.make_parser().parse_args(argv)
+        else:
+            assert name == "new_facts.py"
 
 
 def test_results_says_how_many_runs_two_scripts_share(tmp_path):
