@@ -5,7 +5,7 @@
 #
 # Dense, memory, mixture of experts and hash on the same sentences, once with a token for each word
 # and once with a token for each byte. 1,447 steps of 64 sentences read the 92,608 once. Three seeds
-# at the best rates, and on seed 1 the rates that were tried beside them. 61 runs, of 3 to 5 minutes
+# at the best rates, and on seed 1 the rates that were tried beside them. 77 runs, of 3 to 5 minutes
 # on one core.
 source "$(dirname "${BASH_SOURCE[0]}")/run.sh"
 if (($# != 2)); then
@@ -18,99 +18,93 @@ $python prepare_data.py facts --from-file "$1" "$2" --documents 92608 --tokenize
 $python prepare_data.py facts --from-file "$1" "$2" --documents 92608 --tokenizer bytes \
     --longest 48 --out data/own-bytes
 
-for seed in 1 2 3; do
-    run own-words-dense-$seed --ffn dense --learning-rate 6e-3 \
-        --data data/own-words --batch-size 64 --max-steps 1447 --seed $seed
-    run own-words-memory-$seed --learning-rate 6e-3 --value-lr 1.6e-1 \
-        --data data/own-words --batch-size 64 --max-steps 1447 --seed $seed
-    run own-words-hash-$seed --ffn hash --learning-rate 6e-3 --value-lr 1.6e-1 \
-        --data data/own-words --batch-size 64 --max-steps 1447 --seed $seed
-    run own-words-moe-$seed --ffn moe --learning-rate 6e-3 --expert-lr 3e-3 \
-        --data data/own-words --batch-size 64 --max-steps 1447 --seed $seed
-done
-run tune-own-words-dense-3e-3 --ffn dense --learning-rate 3e-3 \
-    --data data/own-words --batch-size 64 --max-steps 1447 --seed 1
-run tune-own-words-dense-1.2e-2 --ffn dense --learning-rate 1.2e-2 \
-    --data data/own-words --batch-size 64 --max-steps 1447 --seed 1
-run tune-own-words-memory-3e-3-1.6e-1 --learning-rate 3e-3 --value-lr 1.6e-1 \
-    --data data/own-words --batch-size 64 --max-steps 1447 --seed 1
-run tune-own-words-memory-1.2e-2-1.6e-1 --learning-rate 1.2e-2 --value-lr 1.6e-1 \
-    --data data/own-words --batch-size 64 --max-steps 1447 --seed 1
-run tune-own-words-memory-6e-3-4e-2 --learning-rate 6e-3 --value-lr 4e-2 \
-    --data data/own-words --batch-size 64 --max-steps 1447 --seed 1
-run tune-own-words-memory-6e-3-6.4e-1 --learning-rate 6e-3 --value-lr 6.4e-1 \
-    --data data/own-words --batch-size 64 --max-steps 1447 --seed 1
-run tune-own-words-hash-3e-3-1.6e-1 --ffn hash --learning-rate 3e-3 --value-lr 1.6e-1 \
-    --data data/own-words --batch-size 64 --max-steps 1447 --seed 1
-run tune-own-words-hash-1.2e-2-1.6e-1 --ffn hash --learning-rate 1.2e-2 --value-lr 1.6e-1 \
-    --data data/own-words --batch-size 64 --max-steps 1447 --seed 1
-run tune-own-words-hash-6e-3-4e-2 --ffn hash --learning-rate 6e-3 --value-lr 4e-2 \
-    --data data/own-words --batch-size 64 --max-steps 1447 --seed 1
-run tune-own-words-hash-6e-3-6.4e-1 --ffn hash --learning-rate 6e-3 --value-lr 6.4e-1 \
-    --data data/own-words --batch-size 64 --max-steps 1447 --seed 1
-run tune-own-words-moe-3e-3-3e-3 --ffn moe --learning-rate 3e-3 --expert-lr 3e-3 \
-    --data data/own-words --batch-size 64 --max-steps 1447 --seed 1
-run tune-own-words-moe-1.2e-2-3e-3 --ffn moe --learning-rate 1.2e-2 --expert-lr 3e-3 \
-    --data data/own-words --batch-size 64 --max-steps 1447 --seed 1
-run tune-own-words-moe-6e-3-7.5e-4 --ffn moe --learning-rate 6e-3 --expert-lr 7.5e-4 \
-    --data data/own-words --batch-size 64 --max-steps 1447 --seed 1
-run tune-own-words-moe-6e-3-1.2e-2 --ffn moe --learning-rate 6e-3 --expert-lr 1.2e-2 \
-    --data data/own-words --batch-size 64 --max-steps 1447 --seed 1
+# train NAME SEED TOKENS KIND RATE [RATE OF THE TABLE OR OF THE EXPERTS]
+train() {
+    local name=$1 seed=$2 tokens=$3 kind=$4 rate=$5 second=${6:-}
+    local flags=(--ffn "$kind" --learning-rate "$rate")
+    if [[ $kind == moe ]]; then
+        flags+=(--expert-lr "$second")
+    elif [[ $second ]]; then
+        flags+=(--value-lr "$second")
+    fi
+    run "$name" "${flags[@]}" --data "data/own-$tokens" --batch-size 64 --max-steps 1447 \
+        --seed "$seed"
+}
 
-for seed in 1 2 3; do
-    run own-bytes-dense-$seed --ffn dense --learning-rate 6e-3 \
-        --data data/own-bytes --batch-size 64 --max-steps 1447 --seed $seed
-    run own-bytes-memory-$seed --learning-rate 6e-3 --value-lr 6.4e-1 \
-        --data data/own-bytes --batch-size 64 --max-steps 1447 --seed $seed
-    run own-bytes-hash-$seed --ffn hash --learning-rate 3e-3 --value-lr 6.4e-1 \
-        --data data/own-bytes --batch-size 64 --max-steps 1447 --seed $seed
-    run own-bytes-moe-$seed --ffn moe --learning-rate 3e-3 --expert-lr 4.8e-2 \
-        --data data/own-bytes --batch-size 64 --max-steps 1447 --seed $seed
+# The best rates, which three seeds take: study TOKENS KIND RATE [OTHER RATE]
+study() {
+    for seed in 1 2 3; do
+        train "own-$1-$2-$seed" $seed "$@"
+    done
+}
+
+# Rates that were tried beside them, on seed 1: try TOKENS KIND RATE [OTHER RATE]
+try() {
+    train "tune-own-$1-$2-$3${4:+-$4}" 1 "$@"
+}
+
+study words dense 1.2e-2
+study words memory 1.2e-2 4e-2
+study words hash 1.2e-2 6.4e-1
+study words moe 1.2e-2 3e-3
+try words dense 3e-3
+try words dense 6e-3
+try words dense 2.4e-2
+# One seed of dense does badly. Would the next lower rate be better for it?
+for seed in 2 3; do
+    train own-words-dense-6e-3-$seed $seed words dense 6e-3
 done
-run tune-own-bytes-dense-1.5e-3 --ffn dense --learning-rate 1.5e-3 \
-    --data data/own-bytes --batch-size 64 --max-steps 1447 --seed 1
-run tune-own-bytes-dense-3e-3 --ffn dense --learning-rate 3e-3 \
-    --data data/own-bytes --batch-size 64 --max-steps 1447 --seed 1
-run tune-own-bytes-dense-1.2e-2 --ffn dense --learning-rate 1.2e-2 \
-    --data data/own-bytes --batch-size 64 --max-steps 1447 --seed 1
-run tune-own-bytes-memory-3e-3-4e-2 --learning-rate 3e-3 --value-lr 4e-2 \
-    --data data/own-bytes --batch-size 64 --max-steps 1447 --seed 1
-run tune-own-bytes-memory-3e-3-1.6e-1 --learning-rate 3e-3 --value-lr 1.6e-1 \
-    --data data/own-bytes --batch-size 64 --max-steps 1447 --seed 1
-run tune-own-bytes-memory-3e-3-6.4e-1 --learning-rate 3e-3 --value-lr 6.4e-1 \
-    --data data/own-bytes --batch-size 64 --max-steps 1447 --seed 1
-run tune-own-bytes-memory-6e-3-1.6e-1 --learning-rate 6e-3 --value-lr 1.6e-1 \
-    --data data/own-bytes --batch-size 64 --max-steps 1447 --seed 1
-run tune-own-bytes-memory-6e-3-2.56 --learning-rate 6e-3 --value-lr 2.56 \
-    --data data/own-bytes --batch-size 64 --max-steps 1447 --seed 1
-run tune-own-bytes-memory-1.2e-2-6.4e-1 --learning-rate 1.2e-2 --value-lr 6.4e-1 \
-    --data data/own-bytes --batch-size 64 --max-steps 1447 --seed 1
-run tune-own-bytes-hash-3e-3-1e-2 --ffn hash --learning-rate 3e-3 --value-lr 1e-2 \
-    --data data/own-bytes --batch-size 64 --max-steps 1447 --seed 1
-run tune-own-bytes-hash-3e-3-4e-2 --ffn hash --learning-rate 3e-3 --value-lr 4e-2 \
-    --data data/own-bytes --batch-size 64 --max-steps 1447 --seed 1
-run tune-own-bytes-hash-3e-3-1.6e-1 --ffn hash --learning-rate 3e-3 --value-lr 1.6e-1 \
-    --data data/own-bytes --batch-size 64 --max-steps 1447 --seed 1
-run tune-own-bytes-hash-3e-3-2.56 --ffn hash --learning-rate 3e-3 --value-lr 2.56 \
-    --data data/own-bytes --batch-size 64 --max-steps 1447 --seed 1
-run tune-own-bytes-hash-6e-3-1.6e-1 --ffn hash --learning-rate 6e-3 --value-lr 1.6e-1 \
-    --data data/own-bytes --batch-size 64 --max-steps 1447 --seed 1
-run tune-own-bytes-hash-6e-3-6.4e-1 --ffn hash --learning-rate 6e-3 --value-lr 6.4e-1 \
-    --data data/own-bytes --batch-size 64 --max-steps 1447 --seed 1
-run tune-own-bytes-hash-1.5e-3-6.4e-1 --ffn hash --learning-rate 1.5e-3 --value-lr 6.4e-1 \
-    --data data/own-bytes --batch-size 64 --max-steps 1447 --seed 1
-run tune-own-bytes-moe-3e-3-7.5e-4 --ffn moe --learning-rate 3e-3 --expert-lr 7.5e-4 \
-    --data data/own-bytes --batch-size 64 --max-steps 1447 --seed 1
-run tune-own-bytes-moe-3e-3-3e-3 --ffn moe --learning-rate 3e-3 --expert-lr 3e-3 \
-    --data data/own-bytes --batch-size 64 --max-steps 1447 --seed 1
-run tune-own-bytes-moe-3e-3-1.2e-2 --ffn moe --learning-rate 3e-3 --expert-lr 1.2e-2 \
-    --data data/own-bytes --batch-size 64 --max-steps 1447 --seed 1
-run tune-own-bytes-moe-6e-3-3e-3 --ffn moe --learning-rate 6e-3 --expert-lr 3e-3 \
-    --data data/own-bytes --batch-size 64 --max-steps 1447 --seed 1
-run tune-own-bytes-moe-6e-3-1.2e-2 --ffn moe --learning-rate 6e-3 --expert-lr 1.2e-2 \
-    --data data/own-bytes --batch-size 64 --max-steps 1447 --seed 1
-run tune-own-bytes-moe-3e-3-1.92e-1 --ffn moe --learning-rate 3e-3 --expert-lr 1.92e-1 \
-    --data data/own-bytes --batch-size 64 --max-steps 1447 --seed 1
-run tune-own-bytes-moe-1.5e-3-4.8e-2 --ffn moe --learning-rate 1.5e-3 --expert-lr 4.8e-2 \
-    --data data/own-bytes --batch-size 64 --max-steps 1447 --seed 1
+try words memory 3e-3 1.6e-1
+try words memory 6e-3 4e-2
+try words memory 6e-3 1.6e-1
+try words memory 6e-3 6.4e-1
+try words memory 1.2e-2 1e-2
+try words memory 1.2e-2 1.6e-1
+try words memory 2.4e-2 4e-2
+try words hash 3e-3 1.6e-1
+try words hash 6e-3 4e-2
+try words hash 6e-3 1.6e-1
+try words hash 6e-3 6.4e-1
+try words hash 1.2e-2 4e-2
+try words hash 1.2e-2 1.6e-1
+try words hash 1.2e-2 2.56
+try words hash 2.4e-2 1.6e-1
+try words hash 2.4e-2 6.4e-1
+try words moe 3e-3 3e-3
+try words moe 6e-3 3e-3
+try words moe 1.2e-2 7.5e-4
+try words moe 1.2e-2 1.2e-2
+try words moe 2.4e-2 3e-3
+
+study bytes dense 6e-3
+study bytes memory 6e-3 6.4e-1
+study bytes hash 3e-3 6.4e-1
+study bytes moe 1.5e-3 4.8e-2
+try bytes dense 1.5e-3
+try bytes dense 3e-3
+try bytes dense 1.2e-2
+try bytes memory 3e-3 4e-2
+try bytes memory 3e-3 1.6e-1
+try bytes memory 3e-3 6.4e-1
+try bytes memory 6e-3 1.6e-1
+try bytes memory 6e-3 2.56
+try bytes memory 1.2e-2 6.4e-1
+try bytes hash 1.5e-3 6.4e-1
+try bytes hash 3e-3 1e-2
+try bytes hash 3e-3 4e-2
+try bytes hash 3e-3 1.6e-1
+try bytes hash 3e-3 2.56
+try bytes hash 6e-3 1.6e-1
+try bytes hash 6e-3 6.4e-1
+try bytes moe 7.5e-4 4.8e-2
+try bytes moe 1.5e-3 1.2e-2
+try bytes moe 1.5e-3 1.92e-1
+try bytes moe 3e-3 7.5e-4
+try bytes moe 3e-3 3e-3
+try bytes moe 3e-3 1.2e-2
+try bytes moe 3e-3 4.8e-2
+try bytes moe 3e-3 1.92e-1
+try bytes moe 6e-3 3e-3
+try bytes moe 6e-3 1.2e-2
+try bytes moe 6e-3 4.8e-2
 finish
