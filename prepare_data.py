@@ -898,8 +898,12 @@ def make_own_facts(from_file, out="data/own", control=0.025, documents=0, val_do
         print(f"{F:,} facts ({is_control.sum():,} of them are never in the text), "
               f"{len(patterns):,} relations, windows of {window} tokens, exposures "
               f"{quartiles(exposures[~is_control])}")
+        own_tokens = share_with_own_token(facts, tok)
+        print(f"{own_tokens:.0%} of the subjects have a token that no other subject has: the fewer "
+              f"they are, the more a memory layer can add (docs/results.md)")
         write_meta(folder, tok, {"train": len(text), "val": val_documents}, source="own facts",
                    settings=settings, window=window, answers=possible_answers(facts),
+                   subjects_with_own_token=own_tokens,
                    files=[str(path) for path in (facts_path, patterns_path)])
 
 
@@ -916,6 +920,19 @@ def draw_own_facts(facts, settings, rng):
     else:
         text = rng.permutation(np.repeat(np.arange(F), counts))  # (documents,)
     return text, rng.choice(F, settings["val_documents"], p=p), is_control
+
+
+def share_with_own_token(facts, tok):
+    """How many of the subjects have a token that no other subject has, as a share of them.
+
+    The embedding of such a token can hold what is known of its subject.
+    """
+    tokens = {fact.subject: set(tok.encode(" " + fact.subject)) for fact in facts}
+    subjects_with = collections.Counter()  # {token: number of subjects}
+    for of_subject in tokens.values():
+        subjects_with.update(of_subject)
+    own = [any(subjects_with[token] == 1 for token in of_subject) for of_subject in tokens.values()]
+    return sum(own) / len(own)
 
 
 def recall_arrays(facts, sentences, windows, exposures, control):

@@ -108,6 +108,18 @@ def test_counts_are_exact(folder):
     assert sum(counts.values()) == 39
 
 
+@pytest.mark.parametrize("tokenizer, subjects, percent", [
+    ("words", ["Old Mill", "Old", "Mill", "New Mill"], 25),
+    ("words", ["ab", "ba"], 100), ("bytes", ["ab", "ba"], 0)])
+def test_how_many_subjects_have_a_token_of_their_own(folder, capsys, tokenizer, subjects, percent):
+    rows = [f"capital\t{subject}\tParis\n" for subject in subjects]
+    (folder / "f.tsv").write_text("relation\tsubject\tanswer\n" + "".join(rows), "utf-8")
+    assert make(folder, "--control", "0", "--tokenizer", tokenizer) == 0
+    said = f"\n{percent}% of the subjects have a token that no other subject has"
+    assert said in capsys.readouterr().out
+    assert prepare_data.read_meta(folder / "data")["subjects_with_own_token"] == percent / 100
+
+
 def test_the_control_is_never_in_the_text(folder):
     rows = "".join(f"founder\tHouse{i}\tAda{i % 5}\n" for i in range(200))
     (folder / "f.tsv").write_text("relation\tsubject\tanswer\n" + rows)

@@ -146,6 +146,14 @@ def test_the_models_that_are_timed_are_those_of_the_runs(tmp_path):
         assert settings[0] == settings[1], title
 
 
+def test_own_facts_finds_its_tables_from_any_folder(tmp_path):
+    runs = Runs(tmp_path)
+    runs.trainings("own_facts.sh FACTS.tsv PATTERNS.tsv")
+    prepared = [call for call in runs.calls.read_text().splitlines() if "prepare_data.py" in call]
+    paths = f"--from-file {tmp_path}/FACTS.tsv {tmp_path}/PATTERNS.tsv "
+    assert len(prepared) == 2 and all(paths in call for call in prepared)
+
+
 def test_several_runs_at_a_time(tmp_path):
     """JOBS=3: all runs, in the order of the script, and what they print is in out/NAME.txt."""
     runs = Runs(tmp_path, STUB + "echo printed with $OMP_NUM_THREADS threads\n")
