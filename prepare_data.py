@@ -864,8 +864,8 @@ def make_own_facts(from_file, out="data/own", control=0.025, documents=0, val_do
 
     Without counts, `documents` sentences are drawn (0: 16 a fact). The fact of rank r in a random
     order has the probability ~ 1 / (r + zipf_shift)^zipf_power. control: share of the facts that
-    are never in the text. longest: a sentence of more tokens is left out. Raises ValueError for
-    files and settings that cannot work.
+    are never in the text and have no rank. longest: a sentence of more tokens is left out. Raises
+    ValueError for files and settings that cannot work.
     """
     facts_path, patterns_path = two_tables(from_file)
     settings = dict(
@@ -899,8 +899,8 @@ def make_own_facts(from_file, out="data/own", control=0.025, documents=0, val_do
               f"{len(patterns):,} relations, windows of {window} tokens, exposures "
               f"{quartiles(exposures[~is_control])}")
         own_tokens = share_with_own_token(facts, tok)
-        print(f"{own_tokens:.0%} of the subjects have a token that no other subject has: the fewer "
-              f"they are, the more a memory layer can add (docs/results.md)")
+        print(f"{own_tokens:.0%} of the subjects have a token that no other subject has "
+              f"(docs/results.md: what that means for a memory layer)")
         write_meta(folder, tok, {"train": len(text), "val": val_documents}, source="own facts",
                    settings=settings, window=window, answers=possible_answers(facts),
                    subjects_with_own_token=own_tokens,
@@ -1160,15 +1160,16 @@ def own_counts(facts, order, is_control, settings):
     Raises ValueError if there would be no text, and if both --documents and counts are given.
     """
     if facts[0].count is None:
-        counts = np.empty(len(facts))  # (F,)
-        ranks = np.arange(len(facts)) + settings["zipf_shift"]
-        counts[order] = ranks ** -float(settings["zipf_power"])
+        in_text = order[~is_control[order]]  # from the most frequent one to the rarest
+        counts = np.zeros(len(facts))  # (F,)
+        ranks = np.arange(len(in_text)) + settings["zipf_shift"]
+        counts[in_text] = ranks ** -float(settings["zipf_power"])
     else:
         if settings["documents"]:
             raise ValueError(f"--documents {settings['documents']}: the column count says how "
                              f"long the text is: leave --documents or that column out")
         counts = np.array([fact.count for fact in facts])  # (F,)
-    counts = np.where(is_control, 0, counts)
+        counts = np.where(is_control, 0, counts)
     if counts.sum() > MOST_SENTENCES:
         raise ValueError(f"the counts make {counts.sum():,} sentences, the limit is "
                          f"{MOST_SENTENCES:,}: lower them")

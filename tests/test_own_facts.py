@@ -120,6 +120,20 @@ def test_how_many_subjects_have_a_token_of_their_own(folder, capsys, tokenizer, 
     assert prepare_data.read_meta(folder / "data")["subjects_with_own_token"] == percent / 100
 
 
+def test_the_long_tail_begins_after_the_control(folder):
+    """However many facts are kept out of the text, the first of the others has rank 0."""
+    rows = [f"capital\tCountry{i}\tParis\n" for i in range(40)]
+    (folder / "f.tsv").write_text("relation\tsubject\tanswer\n" + "".join(rows), "utf-8")
+    assert make(folder, "--control", "0.5", "--documents", "4000", "--zipf-shift", "1",
+                "--zipf-power", "2") == 0
+    facts, *_ = made(folder)
+    p = np.arange(1, 21) ** -2.0  # (20,)
+    p /= p.sum()
+    found = np.sort(facts["exposures"])[::-1] / 4000  # (40,)
+    assert found[:5] == pytest.approx(p[:5], abs=0.03)  # 4 standard deviations of the largest
+    assert not found[20:].any()
+
+
 def test_the_control_is_never_in_the_text(folder):
     rows = "".join(f"founder\tHouse{i}\tAda{i % 5}\n" for i in range(200))
     (folder / "f.tsv").write_text("relation\tsubject\tanswer\n" + rows)
