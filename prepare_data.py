@@ -923,9 +923,9 @@ def draw_own_facts(facts, settings, rng):
 
 
 def share_with_own_token(facts, tok):
-    """How many of the subjects have a token that no other subject has, as a share of them.
+    """How many of the subjects have a token that no other subject has: a share in [0, 1].
 
-    The embedding of such a token can hold what is known of its subject.
+    facts: a list of OwnFact. The embedding of such a token can hold what is known of its subject.
     """
     tokens = {fact.subject: set(tok.encode(" " + fact.subject)) for fact in facts}
     subjects_with = collections.Counter()  # {token: number of subjects}

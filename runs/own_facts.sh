@@ -16,6 +16,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/run.sh"
 facts=$(cd "$here" && realpath "$1")
 patterns=$(cd "$here" && realpath "$2")
 
+# With these --zipf-shift the most frequent fact stands in the text about 200 times.
 $python prepare_data.py facts --from-file "$facts" "$patterns" --documents 92608 \
     --zipf-shift 165 --tokenizer words --out data/own-words
 $python prepare_data.py facts --from-file "$facts" "$patterns" --documents 92608 \

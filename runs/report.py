@@ -900,6 +900,31 @@ def draw_fit(ax, sizes, columns, label, color):
     ax.fill_between(at, *fit_band(sizes, columns, at), color=color, alpha=0.2, lw=0)
 
 
+def draw_exposures(ax, results, label, color, style, end):
+    """A line of recall over how often a fact was read, less than `end` times.
+
+    A row of the results holds the facts that were read from 4 to 7 times, say. Its point stands at
+    the geometric middle of that.
+    """
+    rows = [row for row in results[0]["recall_by_exposures"] if 0 < row["from"] < end]
+    x = [(row["from"] * (row["to"] - 1)) ** 0.5 for row in rows]
+    columns = [[recall_at(result, row["from"]) for result in results] for row in rows]
+    draw_line(ax, x, columns, label, color, style)
+
+
+def exposures_axis(ax, ticks):
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(ticks, [str(tick) for tick in ticks])
+    ax.set_xlabel("times the fact was read in training")
+
+
+def recall_axis(ax):
+    """From 0 to 100%, with a little room above."""
+    ax.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "100%"])
+    ax.set_ylim(0, 1.03)
+    ax.set_ylabel("facts recalled")
+
+
 def draw_facts(runs, figure):
     """Recall over exposures, of memory, its rivals and dense."""
     lines = {
@@ -912,21 +937,10 @@ def draw_facts(runs, figure):
     }
     ax = figure.subplots()
     for label, (kind, color, style) in lines.items():
-        results = seeds(runs, kind)
-        # The last row, 1,024 times or more, holds a handful of facts.
-        rows = [row for row in results[0]["recall_by_exposures"] if 0 < row["from"] < 1024]
-        # A row holds the facts that were read from 4 to 7 times, say: it stands at the geometric
-        # middle of that.
-        x = [(row["from"] * (row["to"] - 1)) ** 0.5 for row in rows]
-        columns = [[recall_at(result, row["from"]) for result in results] for row in rows]
-        draw_line(ax, x, columns, label, color, style)
-    ax.set_xscale("log", base=2)
-    ticks = [1, 4, 16, 64, 256]
-    ax.set_xticks(ticks, [str(tick) for tick in ticks])
-    ax.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "100%"])
-    ax.set_ylim(0, 1.03)
-    ax.set_xlabel("times the fact was read in training")
-    ax.set_ylabel("facts recalled")
+        # Only a handful of facts were read more often.
+        draw_exposures(ax, seeds(runs, kind), label, color, style, end=1024)
+    exposures_axis(ax, [1, 4, 16, 64, 256])
+    recall_axis(ax)
     ax.set_title("Who remembers rare facts?", loc="left")
     ax.legend(loc="lower right")
 
@@ -939,26 +953,17 @@ def draw_own(runs, figure):
         "moe": ("Mixture of experts", RED, "x-"),
         "dense": ("Dense", BLUE, "^--"),
     }
-    lows = [1, 2, 4, 8, 16, 32, 64]
-    # A row holds the facts that were read from 4 to 7 times, say: as in draw_facts.
-    middle = [(low * (2 * low - 1)) ** 0.5 for low in lows]
     axes = figure.subplots(1, 2, sharey=True)
     for ax, tokens in zip(axes, ("bytes", "words")):
         guesses = []
         for kind, (label, color, style) in kinds.items():
             results = seeds(runs, f"own-{tokens}-{kind}")
-            columns = [[recall_at(result, low) for result in results] for low in lows]
-            draw_line(ax, middle, columns, label, color, style)
+            draw_exposures(ax, results, label, color, style, end=128)
             guesses += [result["recall_control"] for result in results]
-        ends = [middle[0], middle[-1]]
-        draw_line(ax, ends, [guesses] * 2, "Guessing", GREY, ":")
-        ax.set_xscale("log", base=2)
-        ax.set_xticks([1, 4, 16, 64], ["1", "4", "16", "64"])
-        ax.set_xlabel("times the fact was read in training")
+        draw_line(ax, [1, 127], [guesses] * 2, "Guessing", GREY, ":")
+        exposures_axis(ax, [1, 4, 16, 64])
         ax.set_title(f"Real facts, {tokens} as tokens", loc="left")
-    axes[0].set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "100%"])
-    axes[0].set_ylim(0, 1.03)
-    axes[0].set_ylabel("facts recalled")
+    recall_axis(axes[0])
     axes[1].legend(loc="center right")
 
 
@@ -979,10 +984,8 @@ def draw_slots(runs, figure):
     ax.set_xscale("log", base=2)
     ax.set_xlim(*ends)
     ax.set_xticks(slots, list(SLOTS))
-    ax.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "100%"])
-    ax.set_ylim(0, 1.03)
+    recall_axis(ax)
     ax.set_xlabel("slots in the table")
-    ax.set_ylabel("facts recalled")
     ax.set_title("More slots, more facts", loc="left")
     ax.legend(loc="upper left")
 
@@ -1011,14 +1014,11 @@ def draw_scaling(runs, figure):
         below.set_xticks([1e6 * tick for tick in ticks], [f"{tick:g}" for tick in ticks])
         below.minorticks_off()
         below.set_xlabel(name)
-    recall_axis, loss_axis = axes[:, 0]
-    recall_axis.set_ylim(0, 1.03)
-    recall_axis.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "100%"])
-    recall_axis.set_ylabel("facts recalled")
-    recall_axis.set_title("More slots, or a wider model? Fitted curves", loc="left")
+    recall_axis(axes[0, 0])
+    axes[0, 0].set_title("More slots, or a wider model? Fitted curves", loc="left")
+    axes[0, 0].legend(loc="upper left")
     axes[0, 1].set_title("The means over FLOPs, joined", loc="left")
-    recall_axis.legend(loc="upper left")
-    loss_axis.set_ylabel("validation loss")
+    axes[1, 0].set_ylabel("validation loss")
 
 
 def draw_teaching(runs, figure):
