@@ -6,17 +6,19 @@
 # Dense, memory, mixture of experts and hash on the same sentences, once with a token for each word
 # and once with a token for each byte. 1,447 steps of 64 sentences read the 92,608 once. Three seeds
 # at the best rates, and on seed 1 the rates that were tried beside them. 77 runs, of 3 to 5 minutes
-# on one core. These numbers and rates suit about 5,000 facts.
+# on one core. These numbers and rates suit about 5,000 facts; they were found with the tables that
+# docs/results.md describes. For other tables, first move data/own-* and out/*own-* away.
 if (($# != 2)); then
     echo "own_facts.sh: give two tables, FACTS.tsv and PATTERNS.tsv (README.md: Your own facts)" >&2
     exit 2
 fi
-here=$PWD  # run.sh goes to another folder
+here=$PWD  # the paths of the tables start here, and run.sh goes to another folder
 source "$(dirname "${BASH_SOURCE[0]}")/run.sh"
 facts=$(cd "$here" && realpath "$1")
 patterns=$(cd "$here" && realpath "$2")
 
-# With these --zipf-shift the most frequent fact stands in the text about 200 times.
+# With bytes, sentences of more than 48 are left out, and some facts with them: so its --zipf-shift
+# differs. With both, the most frequent fact stands in the text about 200 times.
 $python prepare_data.py facts --from-file "$facts" "$patterns" --documents 92608 \
     --zipf-shift 165 --tokenizer words --out data/own-words
 $python prepare_data.py facts --from-file "$facts" "$patterns" --documents 92608 \
@@ -54,7 +56,8 @@ study words moe 1.2e-2 3e-3
 try words dense 3e-3
 try words dense 6e-3
 try words dense 2.4e-2
-# The seeds of dense differ widely at 1.2e-2. Seed 1 of half the rate is above, here are the others.
+# At 1.2e-2 the seeds of dense differ widely, so half of that gets three seeds as well: the run
+# above and these two.
 for seed in 2 3; do
     train own-words-dense-6e-3-$seed $seed words dense 6e-3
 done

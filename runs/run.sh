@@ -4,7 +4,7 @@
 #
 # for each run, and `finish` after the last. A run trains into out/NAME. One that is finished is
 # skipped, one that was begun goes on, all others start. So a script can be interrupted with Ctrl-C
-# and started again. PYTHON=... chooses another python.
+# and started again. PYTHON=... chooses another python: its full path, or from the repository on.
 #
 # JOBS=2 bash runs/baselines.sh does two runs at a time, each on its share of the cores, and writes
 # what they print to out/NAME.txt. Two of these small models on one core each are done sooner than
@@ -32,13 +32,23 @@ stop_all() {
     wait
 }
 
+# Until a run in the background ends. At once, if one ended a while ago.
+wait_for_one() {
+    local status=0
+    wait -n || status=$?
+    if ((status != 0)); then
+        echo "a run failed: the newest out/*.txt says why" >&2
+        exit $status
+    fi
+}
+
 run() {
     if ((at_once == 1)); then
         run_by "$python" "$@"
         return
     fi
     while (($(jobs -rp | wc -l) >= at_once)); do
-        wait -n  # returns at once for each run that ended a while ago
+        wait_for_one
     done
     mkdir -p out
     set -m  # a process group of its own, so that it can be stopped with all that it started
@@ -49,7 +59,7 @@ run() {
 # Wait for the runs in the background.
 finish() {
     while (($(jobs -p | wc -l) > 0)); do
-        wait -n
+        wait_for_one
     done
 }
 

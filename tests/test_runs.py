@@ -192,6 +192,7 @@ wait
     process = runs.start("variants.sh", JOBS="2")
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 3, errors
+    assert errors == "a run failed: the newest out/*.txt says why\n"
     calls = runs.calls.read_text().splitlines()
     assert len(calls) == 3 and calls[-1] == "asked to stop"
 
