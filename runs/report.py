@@ -8,11 +8,7 @@ A table stands in a document between two comments, and is replaced as a whole:
     <!-- report: main_table -->
     <!-- report: end -->
 
-assets/facts.json holds the result.json of each run, under the name of its folder. Runs that differ
-by their seed alone have names that end in -1, -2, -3 and so on. They are one kind of run here: a
-number is their mean, and what follows ± is their standard deviation. assets/teach.json holds what
-runs/teach.sh found. assets/steps.json holds how long a step of each kind takes, from `python
-tests/time_steps.py --study --json assets/steps.json`.
+results.py reads the results, and says what assets/ holds. pictures.py draws.
 """
 import argparse
 import json
@@ -20,175 +16,17 @@ import re
 import statistics
 import sys
 import textwrap
-from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
+from pictures import PICTURES, draw
+from results import (BALANCE, DENSE, EXPERTS, HALF_RATE, MAIN, NAMES, OWN, RATES, ROOT, SLOTS,
+                     STEPS, TAUGHT, TUNED, VARIANTS, by_size, collect, fit, flops, load, predicted,
+                     recall, recall_at, seeds, share_lost, spread, teaching, times,
+                     total_parameters, training_time, usage, values)
+
 sys.path.insert(0, str(ROOT))
-from prepare_data import reading, steady_output
-
-FACTS = ROOT / "assets" / "facts.json"
-STEPS = ROOT / "assets" / "steps.json"
-TEACH = ROOT / "assets" / "teach.json"
-OUT = ROOT / "out"
-
-# The kinds of runs/baselines.sh, as they are named in assets/steps.json.
-MAIN = {
-    "dense": "facts-dense",
-    "dense, equal time": "facts-dense-long",
-    "dense, 2 x FLOPs": "facts-dense2",
-    "dense, 4 x FLOPs": "facts-dense4",
-    "MoE": "facts-moe",
-    "hash": "facts-hash",
-    "PEER": "facts-peer",
-    "Memory": "facts-memory",
-    "Memory+": "facts-plus",
-    "Memory, 65,536 slots": "facts-n256",
-}
-# The kinds of runs/slots.sh: tables of several sizes, and dense models of several widths.
-SLOTS = {
-    "1,024": "facts-n32",
-    "4,096": "facts-n64",
-    "16,384": "facts-memory",
-    "65,536": "facts-n256",
-    "262,144": "facts-n512",
-}
-DENSE = {
-    "dense": "facts-dense",
-    "dense, 2 x FLOPs": "facts-dense2",
-    "dense, 4 x FLOPs": "facts-dense4",
-}
-# The settings that runs/tune.sh tunes.
-RATES = ("learning_rate", "value_lr", "expert_lr")
-# Where assets/steps.json has another title for the same step.
-STEP_OF = {"dense, equal time": "dense", "16,384": "Memory"}
-STEP_OF |= {slots: f"Memory, {slots} slots" for slots in SLOTS if slots not in STEP_OF}
-# What runs/names.sh varies: the beginning of the names of its runs, and an example.
-NAMES = {
-    "facts": "Rasia Westshaw (the default)",
-    "apart": "Rasia of house Westshaw",
-    "single": "RasiaWestshaw",
-}
-# The kinds of runs/own_facts.sh, each on a corpus with a token for each word and one with bytes.
-OWN = {"dense": "dense", "MoE": "moe", "hash": "hash", "Memory": "memory"}
-# Dense with words at half its rate, seeds 1 to 3.
-HALF_RATE = ("tune-own-words-dense-6e-3", "own-words-dense-6e-3-2", "own-words-dense-6e-3-3")
-# What runs/teach.sh teaches with: the beginning of the names of its folders, and the title.
-TAUGHT = {
-    "slots-512": "the values of 512 slots",
-    "slots-1024": "the values of 1,024 slots",
-    "slots-2048": "the values of 2,048 slots",
-    "slots-4096": "the values of 4,096 slots",
-    "slots-8192": "the values of 8,192 slots",
-    "all-values-3": "all values, rate 3",
-    "all-values-10": "all values, rate 10",
-    "full-3e-5": "the whole model, rate 3e-5",
-    "full-1e-4": "the whole model, rate 1e-4",
-    "full-3e-4": "the whole model, rate 3e-4",
-}
-# The flags of each run of runs/variants.sh and of the runs it is compared with, all with --seed 1.
-VARIANTS = {
-    "the default": "facts-memory-1",
-    "`--mem-heads 2 --mem-topk 64`": "variant-h2-k64",
-    "`--mem-heads 2`": "variant-h2",
-    "`--mem-topk 8`": "facts-k8-1",
-    "`--mem-layers 1,2 --mem-topk 16` (two layers, one table)": "variant-two-layers",
-    "`--mem-gate`": "variant-gate",
-    "`--qk-norm`": "variant-qknorm",
-    "`--mem-gate --qk-norm` (Memory+)": "tune-plus-3e-3-1.6e-1",
-}
-# Title: its name in the runs, and which rate is tuned beside that of the whole.
-TUNED = {
-    "dense": ("dense", None),
-    "dense, 2 x FLOPs": ("dense2", None),
-    "dense, 4 x FLOPs": ("dense4", None),
-    "MoE": ("moe", "expert_lr"),
-    "hash": ("hash", "value_lr"),
-    "PEER": ("peer", "value_lr"),
-    "UltraMem": ("ultramem", "value_lr"),
-    "Memory": ("memory", "value_lr"),
-    "Memory+": ("plus", "value_lr"),
-}
-
-
-# ---- the runs
-
-def load():
-    """assets/facts.json: name of a run -> its result."""
-    with reading(FACTS, "take it from the repository again"):
-        runs = json.loads(FACTS.read_text("utf-8"))
-        runs.items()  # AttributeError if it is no dict
-    return runs
-
-
-def collect(out=OUT):
-    """Put the results of the finished runs in `out` into assets/facts.json. Returns their names."""
-    runs = load()
-    names = []
-    for path in sorted(out.glob("*/result.json")):
-        with reading(path.parent, "move this folder out of out/"):
-            result = json.loads(path.read_text("utf-8"))
-            settings = json.loads((path.parent / "config.json").read_text("utf-8"))["settings"]
-            for key in ("vocab_size", "block_size", "max_steps", *RATES):
-                result[key] = settings[key]
-            result["recall"]  # KeyError if this is no result on the facts
-        runs[path.parent.name] = result
-        names.append(path.parent.name)
-    write(runs, FACTS)
-    return names
-
-
-def collect_teaching(out=OUT):
-    """Put what runs/teach.sh found in `out` into assets/teach.json. Returns the folders' names."""
-    found = {}
-    if TEACH.exists():
-        found = json.loads(TEACH.read_text("utf-8"))
-    names = []
-    for path in sorted(out.glob("teach-*/edit.json")):
-        with reading(path.parent, "move this folder out of out/"):
-            edit = json.loads(path.read_text("utf-8"))["teach"]
-            edit["after"]  # KeyError if nothing was taught
-        found[path.parent.name] = edit
-        names.append(path.parent.name)
-    write(found, TEACH)
-    return names
-
-
-def write(found, path):
-    """As JSON. The file is renamed when it is whole, so that a full disk harms nothing."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-    part.replace(path)
-
-
-def seeds(runs, kind):
-    """The results of one kind of run: those of its seeds."""
-    of_kind = re.compile(re.escape(kind) + r"-\d")  # one digit, so not facts-memory-1337
-    found = [runs[name] for name in sorted(runs) if of_kind.fullmatch(name)]
-    if len(found) < 2:
-        raise ValueError(f"there are {len(found)} run(s) named {kind}-SEED in assets/, "
-                         f"a mean and its spread take at least 2: run the others, then --collect")
-    return found
-
-
-def values(runs, kind, key, factor=1):
-    """One number of each seed of a kind of run."""
-    return [factor * result[key] for result in seeds(runs, kind)]
-
-
-def spread(numbers, digits):
-    """mean ± standard deviation"""
-    return f"{statistics.mean(numbers):.{digits}f} ± {statistics.stdev(numbers):.{digits}f}"
-
-
-def recall_at(result, times):
-    """The recall of the facts that were read `times` times or a little more: of that row."""
-    for row in result["recall_by_exposures"]:
-        if row["from"] == times:
-            return row["recall"]
-    raise KeyError(times)
-
+from prepare_data import steady_output
 
 # ---- tables
 
@@ -196,18 +34,6 @@ def markdown(head, rows):
     """A Markdown table. head: titles; rows: lists of as many cells."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def training_time(runs, title, kind):
-    """How many times as long as the dense model of 5,000 steps this kind trains.
-
-    From steps that were timed in turn, since the speed of a machine changes between whole runs.
-    title: of the kind in a table here, or in assets/steps.json.
-    """
-    steps = json.loads(STEPS.read_text("utf-8"))
-    median = steps[STEP_OF.get(title, title)]["ratio"][1]
-    longer = seeds(runs, kind)[0]["max_steps"] / seeds(runs, "facts-dense")[0]["max_steps"]
-    return f"{median * longer:.2f}"
 
 
 def short_table(runs):
@@ -281,27 +107,56 @@ def exposures_table(runs):
     return markdown(["times read", *times, "never (control)"], rows)
 
 
-def slots_table(runs):
-    head = ["slots", "parameters", "FLOPs per token", "facts recalled", "unseen phrasing",
-            "validation loss", "bits per parameter", "slots used", "training time"]
-    rows = []
-    for title, kind in (SLOTS | DENSE).items():
-        first = seeds(runs, kind)[0]
-        used = ""
-        if title in SLOTS:
-            used = f"{statistics.mean(values(runs, kind, 'memory_usage')):.0%}"
-        rows.append([
-            title,
-            f"{first['params']['total']:,}",
-            f"{first['flops_per_token']:,}",
+SIZES_HEAD = ["parameters", "FLOPs per token", "facts recalled", "unseen phrasing",
+              "validation loss", "bits per parameter", "training time"]
+
+
+def size_and_results(runs, title, kind):
+    """The cells below SIZES_HEAD."""
+    first = seeds(runs, kind)[0]
+    return [f"{total_parameters(first):,}",
+            f"{flops(first):,}",
             spread(values(runs, kind, "recall"), 3),
             spread(values(runs, kind, "recall_unseen_phrasing"), 3),
             spread(values(runs, kind, "val_loss"), 3),
             spread(values(runs, kind, "bits_per_param"), 3),
-            used,
-            training_time(runs, title, kind),
-        ])
-    return markdown(head, rows)
+            training_time(runs, title, kind)]
+
+
+def slots_table(runs):
+    rows = []
+    for title, kind in SLOTS.items():
+        used = statistics.mean(values(runs, kind, "memory_usage"))
+        rows.append([title, f"{used:.0%}", *size_and_results(runs, title, kind)])
+    rows.append(["dense", "", *size_and_results(runs, "dense", DENSE["dense"])])
+    return markdown(["slots", "slots used", *SIZES_HEAD], rows)
+
+
+def scaling_table(runs):
+    """Wider dense models, and mixtures of experts as large as the tables of slots_table."""
+    rows = [[title, *size_and_results(runs, title, kind)]
+            for title, kind in (DENSE | EXPERTS).items()]
+    return markdown(["", *SIZES_HEAD], rows)
+
+
+def usage_table(runs):
+    """What a loss against uneven use changes, by its weight: of one seed or of several."""
+    used = usage()
+    rows = []
+    for weight, names in BALANCE.items():
+        results = [runs[name] for name in names]
+
+        def cell(numbers, digits):
+            return spread(numbers, digits) if len(numbers) > 1 else f"{numbers[0]:.{digits}f}"
+
+        rows.append([weight, str(len(names)),
+                     cell([result["recall"] for result in results], 3),
+                     cell([result["val_loss"] for result in results], 3),
+                     cell([result["memory_usage"] for result in results], 3),
+                     cell([used[name]["read_by_windows"] for name in names], 3),
+                     cell([result["memory_kl"] for result in results], 2)])
+    return markdown(["weight", "seeds", "facts recalled", "validation loss",
+                     "share of the slots that a step reads", "that 2,048 windows read", "KL"], rows)
 
 
 def reads_table(runs):
@@ -384,17 +239,6 @@ def teach_table(runs):
     return markdown(head, rows)
 
 
-def teaching():
-    """assets/teach.json: name of a folder -> what was taught in it, and what was lost."""
-    with reading(TEACH, "take it from the repository again"):
-        return json.loads(TEACH.read_text("utf-8"))
-
-
-def share_lost(edit):
-    """Of the old facts that were known, how many are not known any more, in [0, 1]."""
-    return 1 - edit["after"][2] / edit["before"][2]
-
-
 TUNING_HEAD = ["", "rate", "of the table or experts", "validation loss", "facts recalled"]
 
 
@@ -455,51 +299,9 @@ def steps_table(runs):
     rows = []
     for title, row in steps.items():
         low, middle, high = row["ratio"]
-        rows.append([title, f"{row['ms'][1]:.1f}", f"{middle:.2f}", f"{low:.2f} to {high:.2f}"])
-    return markdown(["", "ms a step", "times dense", "quartiles"], rows)
-
-
-# ---- curves through sizes
-
-def log_odds(p):
-    """Of a share between 0 and 1, both left out: there it is infinite."""
-    return np.log(p / (1 - p))
-
-
-def fit(sizes, columns):
-    """A straight line for the log-odds of recall over log2 of the size -> (slope, intercept).
-
-    sizes: one for each point. columns: the recall of each point's seeds. Least squares.
-    """
-    x = np.repeat(np.log2(sizes), [len(column) for column in columns])
-    return np.polyfit(x, log_odds(np.concatenate(columns)), 1)
-
-
-def predicted(line, sizes):
-    """What a line of fit() says is recalled at these sizes."""
-    return 1 / (1 + np.exp(-np.polyval(line, np.log2(sizes))))
-
-
-def fit_band(sizes, columns, at, draws=400):
-    """Where 90% of the curves lie that are fitted to seeds drawn anew, with replacement."""
-    rng = np.random.default_rng(0)
-    lines = [fit(sizes, [rng.choice(column, len(column)) for column in columns])
-             for _ in range(draws)]
-    return np.percentile([predicted(line, at) for line in lines], [5, 95], axis=0)
-
-
-def by_size(runs, kinds, size, key="recall"):
-    """The size of each kind, and one number of its seeds. size: a function of a result."""
-    sizes = [size(seeds(runs, kind)[0]) for kind in kinds]
-    return sizes, [values(runs, kind, key) for kind in kinds]
-
-
-def total_parameters(result):
-    return result["params"]["total"]
-
-
-def flops(result):
-    return result["flops_per_token"]
+        rows.append([title, f"{row['ms'][1]:.1f}", f"{row['dense_ms']:.1f}", f"{middle:.2f}",
+                     f"{low:.2f} to {high:.2f}"])
+    return markdown(["", "ms a step", "dense, timed beside it", "times dense", "quartiles"], rows)
 
 
 # ---- sentences
@@ -521,15 +323,6 @@ def listed(texts):
     return ", ".join(texts[:-1]) + f" and {texts[-1]}"
 
 
-def recall(runs, kind):
-    return statistics.mean(values(runs, kind, "recall"))
-
-
-def times(runs, kind, other):
-    """How many times as many facts one kind recalls as another, as text."""
-    return f"{recall(runs, kind) / recall(runs, other):.1f} times"
-
-
 def expect(holds, claim):
     """A sentence is only written while it is true."""
     if not holds:
@@ -538,20 +331,19 @@ def expect(holds, claim):
 
 def main_text(runs):
     memory, dense = "facts-memory", "facts-dense"
-    order = ["facts-hash", memory, "facts-peer", "facts-moe", dense]
+    order = ["facts-hash", memory, "facts-ultramem", "facts-peer", "facts-moe", dense]
     expect(all(recall(runs, a) > recall(runs, b) for a, b in zip(order, order[1:])),
-           "hash, Memory, PEER, MoE, dense is the order of recall")
+           "hash, Memory, UltraMem, PEER, MoE, dense is the order of recall")
     expect(recall(runs, "facts-n256") > recall(runs, "facts-dense4"),
            "65,536 slots recall more than dense with 4 times the FLOPs")
     once = spread([recall_at(result, 1) for result in seeds(runs, memory)], 2)
     return points(
-        f"**At equal tokens, FLOPs and parameters** the hash recalls the most, then Memory, PEER "
-        f"and MoE: {times(runs, 'facts-hash', dense)}, {times(runs, memory, dense)}, "
-        f"{times(runs, 'facts-peer', dense)} and {times(runs, 'facts-moe', dense)} as many facts "
-        f"as dense. Why the hash is ahead here, and when it is not, is shown "
+        f"**At equal tokens, FLOPs and parameters** the hash recalls the most, then Memory, "
+        f"UltraMem, PEER and MoE: {listed([times(runs, kind, dense) for kind in order[:-1]])} as "
+        f"many facts as dense. Why the hash is ahead here, and when it is not, is shown "
         f"[below](#how-people-are-named).",
         f"**At equal time** Memory recalls {times(runs, memory, 'facts-dense-long')} as many facts "
-        f"as dense. MoE and PEER take longer than Memory, the hash takes less.",
+        f"as dense. MoE, PEER and UltraMem take longer than Memory, the hash takes less.",
         f"**Against larger dense models**: Memory recalls "
         f"{times(runs, memory, 'facts-dense2')} as many facts as dense with twice the FLOPs, and "
         f"{times(runs, memory, 'facts-dense4')} as many as dense with four times the FLOPs. With "
@@ -569,15 +361,16 @@ def readme_text(runs):
     memory, dense = "facts-memory", "facts-dense"
     larger = recall(runs, "facts-dense4") / recall(runs, dense)
     expect(larger < recall(runs, memory) / recall(runs, dense), "Memory beats 4 times the FLOPs")
-    expect(recall(runs, "facts-hash") > recall(runs, memory) > recall(runs, "facts-peer")
-           > recall(runs, "facts-moe"), "hash, Memory, PEER, MoE is the order of recall")
+    expect(recall(runs, "facts-hash") > recall(runs, memory) > recall(runs, "facts-ultramem")
+           > recall(runs, "facts-peer") > recall(runs, "facts-moe"), "this is the order of recall")
     return paragraphs(
         f"The memory model recalls {times(runs, memory, dense)} as many facts as the dense model. "
         f"If the dense model may train for as long, this falls to "
         f"{times(runs, memory, 'facts-dense-long')}. A dense model of four times the FLOPs recalls "
         f"{larger:.1f} times as many. Of the rivals, a mixture of experts recalls "
-        f"{times(runs, 'facts-moe', dense)} as many, PEER {times(runs, 'facts-peer', dense)}, and "
-        f"the hash {times(runs, 'facts-hash', dense)}. The gain is in the long tail: all models "
+        f"{times(runs, 'facts-moe', dense)} as many, PEER {times(runs, 'facts-peer', dense)}, "
+        f"UltraMem {times(runs, 'facts-ultramem', dense)} and the hash "
+        f"{times(runs, 'facts-hash', dense)}. The gain is in the long tail: all models "
         f"know the facts that were read 64 times, and hardly any of those that were read once.")
 
 
@@ -614,7 +407,7 @@ def choosing_text(runs):
         f"{runs['variant-two-layers']['recall']:.2f} with as many reads (one seed, not tuned).",
         "**Gate and norm (Memory+)?** Not in so small a model. The paper finds them better in "
         "models from 134 M parameters.",
-        "**Not tried**: learning at widths above 64 and with more than three blocks, ordinary "
+        "**Not tried**: memory layers at widths above 64 and in more than three blocks, ordinary "
         "text, rates for each table size, a GPU.")
 
 
@@ -710,6 +503,8 @@ def tuning_text(runs):
         return f"{runs[name]['recall']:.3f}"
 
     memory = runs["facts-memory-1"]
+    expect(all(runs["facts-ultramem-1"]["recall"] > runs[f"tune-ultramem-end-{rate}"]["recall"]
+               for rate in ("1.6e-1", "6.4e-1")), "UltraMem does better without the falling rate")
     return points(
         f"**A table needs a rate many times that of the rest**: "
         f"{memory['value_lr'] / memory['learning_rate']:.0f} times for Memory. With 1e-2 it "
@@ -721,9 +516,11 @@ def tuning_text(runs):
         f"**PEER is the most sensitive.** Where the sweep starts, at 3e-3 and 4e-2, it recalls "
         f"{tried('tune-peer-3e-3-4e-2')}, less than dense. At its best it is "
         f"{tried('facts-peer-1')}: `--learning-rate 1.5e-3 --value-lr 1e-2`.",
-        f"**UltraMem** has one seed so far, and its sweep is not finished "
-        f"([not run yet](#tuning)). With the best rates that were tried it recalls "
-        f"{tried('facts-ultramem-1')}.",
+        f"**UltraMem** recalls {tried('facts-ultramem-1')} at its best: `--learning-rate 1.5e-3 "
+        f"--value-lr 1.6e-1`. Its paper lets the rate of the table fall to a quarter besides "
+        f"(`--value-lr-end 0.25`). That hurts in so short a run: "
+        f"{tried('tune-ultramem-end-1.6e-1')}, and {tried('tune-ultramem-end-6.4e-1')} from four "
+        f"times the rate.",
         f"**256 experts** of 32 hidden units (`tune-experts-256`) recall "
         f"{tried('tune-experts-256')}, 128 experts of 64 {tried('facts-moe-1')}. The study uses "
         f"the latter.",
@@ -762,46 +559,82 @@ def slots_text(runs):
         "slots. Other sizes may do better with rates of their own.")
 
 
-def scaling_text(runs):
+def memory_as_large_as(runs, kind):
+    """Recall of a table model with the parameters of another kind of run.
+
+    Between the two sizes that were measured around it, over the logarithm of the parameters.
+    """
     sizes, columns = by_size(runs, SLOTS.values(), total_parameters)
+    size = total_parameters(seeds(runs, kind)[0])
     means = [statistics.mean(column) for column in columns]
-    wide = seeds(runs, "facts-dense4")[0]
+    return float(np.interp(np.log(size), np.log(sizes), means))
 
-    def memory_as_large_as(kind):
-        """Recall of a table of that many parameters: between two that were measured, in log."""
-        size = total_parameters(seeds(runs, kind)[0])
-        return float(np.interp(np.log(size), np.log(sizes), means))
 
-    as_large = memory_as_large_as("facts-dense4")
-    dense = recall(runs, "facts-dense4")
-    expect(dense < as_large < 1.25 * dense, "at equal parameters memory is a little ahead")
-    middle = recall(runs, "facts-dense2")
-    expect(abs(middle - memory_as_large_as("facts-dense2")) < 0.03, "with 0.4 M they are level")
+def promise_and_miss(runs, kinds):
+    """How well fit() describes the recall of some kinds of run, over their parameters.
+
+    -> what the curve through all but the largest says of the largest, what was measured there, and
+    how far the curve through all of them is from a mean at most.
+    """
+    sizes, columns = by_size(runs, kinds.values(), total_parameters)
+    means = [statistics.mean(column) for column in columns]
+    promise = float(predicted(fit(sizes[:-1], columns[:-1]), sizes[-1]))
+    miss = max(abs(predicted(fit(sizes, columns), sizes) - means))
+    return promise, means[-1], miss
+
+
+def scaling_text(runs):
+    widths = ["facts-dense2", "facts-dense4", "facts-dense208"]
+    dense = [recall(runs, kind) for kind in widths]
+    memory = [memory_as_large_as(runs, kind) for kind in widths]
+    expect(abs(dense[0] - memory[0]) < 0.03, "with 0.4 M parameters they are level")
+    expect(all(d < m < 1.3 * d for d, m in zip(dense[1:], memory[1:])), "then memory is ahead")
+    wide = seeds(runs, "facts-dense208")[0]
+    in_millions = [f"{total_parameters(seeds(runs, kind)[0]) / 1e6:.1f}" for kind in widths]
+    default = "facts-memory"
+    deviation = statistics.stdev(values(runs, "facts-dense208", "recall"))
+    expect(abs(dense[2] - recall(runs, default)) < deviation, "8 times the FLOPs are like Memory")
     few = flops(seeds(runs, "facts-n32")[0])
     many = flops(seeds(runs, "facts-n512")[0])
-    miss = max(abs(predicted(fit(sizes, columns), sizes) - means))
-    guess = float(predicted(fit(sizes[:-1], columns[:-1]), sizes[-1]))
-    loss = [statistics.mean(values(runs, kind, "val_loss")) for kind in SLOTS.values()]
+    sizes = list(SLOTS.values())
+    experts = [recall(runs, kind) for kind in EXPERTS.values()]
+    tables = [recall(runs, kind) for kind in sizes[1:4]]
+    expect(max(experts) < tables[0], "all mixtures recall less than the smallest of these tables")
+    promise, measured, miss = promise_and_miss(runs, SLOTS)
+    dense_promise, dense_measured, dense_miss = promise_and_miss(runs, DENSE)
+    loss = [statistics.mean(values(runs, kind, "val_loss")) for kind in sizes]
     expect(loss == sorted(loss, reverse=True), "more slots have a lower loss")
+
+    def two(numbers):
+        return listed([f"{number:.2f}" for number in numbers])
+
     return points(
-        f"**At equal parameters** memory and a wider dense model are level with 0.4 M parameters: "
-        f"dense recalls {middle:.2f}, memory {memory_as_large_as('facts-dense2'):.2f}. With "
-        f"{total_parameters(wide) / 1e6:.1f} M memory is ahead: dense recalls {dense:.2f}, memory "
-        f"{as_large:.2f}. (Recall of memory is interpolated over the logarithm of the parameters.) "
-        f"The dense model takes {flops(wide) / 1e6:.1f} M FLOPs per token for it.",
+        f"**At equal parameters**, {listed(in_millions)} M, dense recalls {two(dense)}, memory "
+        f"{two(memory)}. (Recall of memory is interpolated over the logarithm of the parameters.) "
+        f"So they are level first, and then memory is ahead. The dense models take 2, 4 and 8 "
+        f"times the FLOPs for it.",
         f"**At about equal FLOPs**, {few / 1e6:.1f} to {many / 1e6:.1f} M, dense recalls "
-        f"{recall(runs, 'facts-dense'):.2f} and memory {means[0]:.2f} to {means[-1]:.2f}. "
-        f"{4 ** (len(SLOTS) - 1)} times the slots cost {many / few - 1:.0%} more FLOPs.",
-        f"**Time is another matter.** With 262,144 slots, training takes "
-        f"{training_time(runs, '262,144', 'facts-n512')} times as long as dense, longer than "
-        f"dense with four times the FLOPs "
-        f"({training_time(runs, 'dense, 4 x FLOPs', 'facts-dense4')}), which recalls {dense:.2f}.",
+        f"{recall(runs, 'facts-dense'):.2f} and memory {recall(runs, sizes[0]):.2f} to "
+        f"{recall(runs, sizes[-1]):.2f}. {4 ** (len(SLOTS) - 1)} times the slots cost "
+        f"{many / few - 1:.0%} more FLOPs.",
+        f"**At equal recall**: dense with {flops(wide) / 1e6:.1f} M FLOPs per token recalls about "
+        f"as much as Memory with 16,384 slots ({dense[2]:.2f} and {recall(runs, default):.2f}). It "
+        f"trains {training_time(runs, 'dense, 8 x FLOPs', 'facts-dense208')} times as long as the "
+        f"small dense model, Memory {training_time(runs, 'Memory', default)} times.",
+        f"**More weights in experts hardly help here.** Mixtures as large as the tables of 4,096, "
+        f"16,384 and 65,536 slots recall {two(experts)}, the tables {two(tables)}. Mixtures and "
+        f"tables alike were tuned at the middle size alone. With rates of their own the others may "
+        f"do better.",
+        f"**Large tables take time**, though hardly any FLOPs: with 262,144 slots, training takes "
+        f"{training_time(runs, '262,144', 'facts-n512')} times as long as dense, longer than dense "
+        f"with four times the FLOPs ({training_time(runs, 'dense, 4 x FLOPs', 'facts-dense4')}).",
         f"**How far to trust the curves** (upper left): not beyond what was measured. The log-odds "
-        f"of recall are fitted by a line over the logarithm of the parameters. The curve misses "
-        f"the means by up to {miss:.2f}. Fitted to the four smaller tables, it promises "
-        f"{guess:.2f} for 262,144 slots, and {recall(runs, 'facts-n512'):.2f} was measured. The "
-        f"bands show the spread of the seeds alone. In the other panels the means are joined, "
-        f"nothing is fitted.",
+        f"of recall are fitted by a line over the logarithm of the parameters. The curve of Memory "
+        f"misses its means by up to {miss:.2f}, that of dense by {dense_miss:.2f}. Fitted without "
+        f"the largest table, it promises {promise:.2f} for 262,144 slots, and {measured:.2f} was "
+        f"measured. Fitted without the widest model, that of dense promises {dense_promise:.2f}, "
+        f"and {dense_measured:.2f} was measured. The bands show the spread of the seeds alone. "
+        f"Everything else in the picture is means, joined by lines.",
         f"**Validation loss** falls as recall rises, from {loss[0]:.3f} to {loss[-1]:.3f} over the "
         f"five tables.")
 
@@ -823,6 +656,8 @@ def against_text(runs):
         f"Memory+ recalls no more than Memory here ({recall(runs, 'facts-plus'):.3f} and "
         f"{recall(runs, memory):.3f}), and needs a table rate {rate:.0f} times as high. The paper "
         f"finds it better.",
+        f"UltraMem, which has the richer scores, recalls less than Memory "
+        f"({recall(runs, 'facts-ultramem'):.3f} and {recall(runs, memory):.3f}) and takes longer.",
         f"The step is slower on a CPU, so at equal time the gain over dense falls from "
         f"{times(runs, memory, 'facts-dense')} to {times(runs, memory, 'facts-dense-long')}.",
         "A parameter of a memory model stores fewer bits than one of the dense model of the same "
@@ -838,9 +673,9 @@ TABLES = {
     "README.md": [short_table, readme_text],
     "docs/results.md": [main_table, main_text, exposures_table, cost_table, choosing_text,
                         names_table, names_text, own_table, own_text, own_tuning_table,
-                        tuning_table, tuning_text, slots_table, slots_text, scaling_text,
-                        reads_table, variants_table, bfloat16_table, teach_table, teach_text,
-                        against_text],
+                        tuning_table, tuning_text, slots_table, slots_text, scaling_table,
+                        scaling_text, reads_table, variants_table,
+                        bfloat16_table, teach_table, teach_text, against_text],
     "docs/speed.md": [steps_table],
     "docs/parallel.md": [ranks_table],
 }
@@ -858,203 +693,6 @@ def with_table(text, table, runs):
     return f"{before}{begin}\n{table(runs)}\n{END}{after}"
 
 
-# ---- pictures
-
-STYLE = {
-    "font.size": 12,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e4e4e4",
-    "legend.frameon": False,
-}
-GREEN = "#2b8a5a"
-BLUE = "#2f6db5"
-LIGHT_BLUE = "#74a9dc"
-ORANGE = "#d9822b"
-PURPLE = "#8256a5"
-RED = "#c0504d"
-GREY = "#777777"
-
-
-def mean_and_deviation(columns):
-    """Lists of the seeds' numbers, one list for each point -> means, standard deviations."""
-    return [statistics.mean(c) for c in columns], [statistics.stdev(c) for c in columns]
-
-
-def draw_line(ax, x, columns, label, color, style):
-    """The mean over seeds, and one standard deviation to either side as a band."""
-    mean, deviation = mean_and_deviation(columns)
-    low = [m - d for m, d in zip(mean, deviation)]
-    high = [m + d for m, d in zip(mean, deviation)]
-    ax.plot(x, mean, style, color=color, lw=2, ms=5, label=label)
-    ax.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
-
-
-def draw_fit(ax, sizes, columns, label, color):
-    """A point for each seed, and the curve of fit() through them with its band."""
-    for x, column in zip(sizes, columns):
-        ax.plot([x] * len(column), column, "o", color=color, ms=4)
-    at = np.geomspace(sizes[0], sizes[-1])
-    ax.plot(at, predicted(fit(sizes, columns), at), color=color, lw=2, label=label)
-    ax.fill_between(at, *fit_band(sizes, columns, at), color=color, alpha=0.2, lw=0)
-
-
-def draw_exposures(ax, results, label, color, style, end):
-    """A line of recall over how often a fact was read, less than `end` times.
-
-    A row of the results holds the facts that were read from 4 to 7 times, say. Its point stands at
-    the geometric middle of that.
-    """
-    rows = [row for row in results[0]["recall_by_exposures"] if 0 < row["from"] < end]
-    x = [(row["from"] * (row["to"] - 1)) ** 0.5 for row in rows]
-    columns = [[recall_at(result, row["from"]) for result in results] for row in rows]
-    draw_line(ax, x, columns, label, color, style)
-
-
-def exposures_axis(ax, ticks):
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(ticks, [str(tick) for tick in ticks])
-    ax.set_xlabel("times the fact was read in training")
-
-
-def recall_axis(ax):
-    """From 0 to 100%, with a little room above."""
-    ax.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "100%"])
-    ax.set_ylim(0, 1.03)
-    ax.set_ylabel("facts recalled")
-
-
-def draw_facts(runs, figure):
-    """Recall over exposures, of memory, its rivals and dense."""
-    lines = {
-        "Memory": ("facts-memory", GREEN, "o-"),
-        "PEER": ("facts-peer", PURPLE, "D-"),
-        "Hashed memory": ("facts-hash", ORANGE, "s-"),
-        "Dense, 4 times the FLOPs": ("facts-dense4", LIGHT_BLUE, "v--"),
-        "Mixture of experts": ("facts-moe", RED, "x-"),
-        "Dense": ("facts-dense", BLUE, "^--"),
-    }
-    ax = figure.subplots()
-    for label, (kind, color, style) in lines.items():
-        # Only a handful of facts were read more often.
-        draw_exposures(ax, seeds(runs, kind), label, color, style, end=1024)
-    exposures_axis(ax, [1, 4, 16, 64, 256])
-    recall_axis(ax)
-    ax.set_title("Who remembers rare facts?", loc="left")
-    ax.legend(loc="lower right")
-
-
-def draw_own(runs, figure):
-    """Recall of real facts over exposures, with bytes and with words as tokens."""
-    kinds = {
-        "hash": ("Hashed memory", ORANGE, "s-"),
-        "memory": ("Memory", GREEN, "o-"),
-        "moe": ("Mixture of experts", RED, "x-"),
-        "dense": ("Dense", BLUE, "^--"),
-    }
-    axes = figure.subplots(1, 2, sharey=True)
-    for ax, tokens in zip(axes, ("bytes", "words")):
-        guesses = []
-        for kind, (label, color, style) in kinds.items():
-            results = seeds(runs, f"own-{tokens}-{kind}")
-            draw_exposures(ax, results, label, color, style, end=128)
-            guesses += [result["recall_control"] for result in results]
-        draw_line(ax, [1, 127], [guesses] * 2, "Guessing", GREY, ":")
-        exposures_axis(ax, [1, 4, 16, 64])
-        ax.set_title(f"Real facts, {tokens} as tokens", loc="left")
-    recall_axis(axes[0])
-    axes[1].legend(loc="center right")
-
-
-def draw_slots(runs, figure):
-    """Recall over the number of slots, beside dense models of three widths."""
-    ax = figure.subplots()
-    slots = [int(title.replace(",", "")) for title in SLOTS]
-    columns = [values(runs, kind, "recall") for kind in SLOTS.values()]
-    flat = {
-        "Dense, 4 times the FLOPs": ("facts-dense4", ORANGE, "--"),
-        "Dense, 2 times the FLOPs": ("facts-dense2", LIGHT_BLUE, "-."),
-        "Dense, same FLOPs": ("facts-dense", BLUE, "-"),
-    }
-    draw_line(ax, slots, columns, "Memory", GREEN, "o-")
-    ends = [slots[0] / 1.2, slots[-1] * 1.2]
-    for label, (kind, color, style) in flat.items():
-        draw_line(ax, ends, [values(runs, kind, "recall")] * 2, label, color, style)
-    ax.set_xscale("log", base=2)
-    ax.set_xlim(*ends)
-    ax.set_xticks(slots, list(SLOTS))
-    recall_axis(ax)
-    ax.set_xlabel("slots in the table")
-    ax.set_title("More slots, more facts", loc="left")
-    ax.legend(loc="upper left")
-
-
-def draw_scaling(runs, figure):
-    """Recall and loss over parameters and FLOPs, of tables of five sizes, MLPs of three widths.
-
-    A curve is fitted to the recall over parameters. Elsewhere the points are joined.
-    """
-    sizes = {
-        "parameters, million": (total_parameters, [0.2, 0.5, 1, 2, 5, 10]),
-        "FLOPs per token, million": (flops, [1, 2, 3, 4, 5]),
-    }
-    kinds = {"Memory, more slots": (SLOTS, GREEN), "Dense, wider": (DENSE, BLUE)}
-    axes = figure.subplots(2, 2, sharex="col", sharey="row")
-    for (above, below), (name, (size, ticks)) in zip(axes.T, sizes.items()):
-        for label, (of_kind, color) in kinds.items():
-            points_of_recall = by_size(runs, of_kind.values(), size)
-            points_of_loss = by_size(runs, of_kind.values(), size, "val_loss")
-            if size is total_parameters:
-                draw_fit(above, *points_of_recall, label, color)
-            else:
-                draw_line(above, *points_of_recall, label, color, "o-")
-            draw_line(below, *points_of_loss, label, color, "o-")
-        below.set_xscale("log")
-        below.set_xticks([1e6 * tick for tick in ticks], [f"{tick:g}" for tick in ticks])
-        below.minorticks_off()
-        below.set_xlabel(name)
-    recall_axis(axes[0, 0])
-    axes[0, 0].set_title("More slots, or a wider model? Fitted curves", loc="left")
-    axes[0, 0].legend(loc="upper left")
-    axes[0, 1].set_title("The means over FLOPs, joined", loc="left")
-    axes[1, 0].set_ylabel("validation loss")
-
-
-def draw_teaching(runs, figure):
-    """What is lost when facts are taught, over the number of slots that may learn."""
-    ax = figure.subplots()
-    taught = teaching()
-
-    def columns(name):
-        return [share_lost(edit) for edit in seeds(taught, f"teach-{name}")]
-
-    slots = [512, 1024, 2048, 4096, 8192]
-    draw_line(ax, slots, [columns(f"slots-{n}") for n in slots], "Values of some slots", GREEN,
-              "o-")
-    ends = [slots[0], slots[-1]]
-    draw_line(ax, ends, [columns("all-values-3")] * 2, "All values", BLUE, "--")
-    draw_line(ax, ends, [columns("full-1e-4")] * 2, "The whole model", ORANGE, "-.")
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(slots, [f"{n:,}" for n in slots])
-    ax.set_yscale("log")
-    ax.set_yticks([0.01, 0.1, 1], ["1%", "10%", "100%"])
-    ax.set_ylim(0.002, 1)
-    ax.set_xlabel("slots that may learn")
-    ax.set_ylabel("old facts lost")
-    ax.set_title("What do 100 new facts cost?", loc="left")
-    ax.legend(loc="center right")
-
-
-def draw(runs, draw_into, path, width=6, height=4.5):
-    import matplotlib
-    from matplotlib.figure import Figure
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        draw_into(runs, figure)
-        figure.savefig(path, dpi=100)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -1062,8 +700,7 @@ def main():
                         help="put the results of out/* into assets/facts.json first")
     args = parser.parse_args()
     if args.collect:
-        print("collected:", " ".join(collect() + collect_teaching())
-              or "nothing, out/ has no finished run")
+        print("collected:", " ".join(collect()) or "nothing, out/ has no finished run")
     runs = load()
     texts = {}  # all of them are made before the first is written
     for document, tables in TABLES.items():
@@ -1073,12 +710,9 @@ def main():
     for document, text in texts.items():
         (ROOT / document).write_text(text, "utf-8")
         print(f"written: {document}, with {len(TABLES[document])} tables and texts")
-    draw(runs, draw_facts, ROOT / "assets" / "facts.png")
-    draw(runs, draw_slots, ROOT / "assets" / "slots.png")
-    draw(runs, draw_own, ROOT / "assets" / "own_facts.png", width=10)
-    draw(runs, draw_teaching, ROOT / "assets" / "teach.png")
-    draw(runs, draw_scaling, ROOT / "assets" / "scaling.png", width=10, height=7)
-    print("drawn: facts.png, slots.png, own_facts.png, teach.png and scaling.png in assets/")
+    for name, (draw_into, width, height) in PICTURES.items():
+        draw(runs, draw_into, ROOT / "assets" / name, width, height)
+    print(f"drawn: {listed(list(PICTURES))} in assets/")
 
 
 if __name__ == "__main__":

@@ -13,14 +13,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "runs"))
+import pictures
 import report
+import results
 import train
 
-RUNS = report.load()
+RUNS = results.load()
 RESULTS = (ROOT / "docs" / "results.md").read_text("utf-8")
 PARALLEL = (ROOT / "docs" / "parallel.md").read_text("utf-8")
-SCRIPTS = ["baselines.sh", "names.sh", "tune.sh", "slots.sh", "variants.sh", "bfloat16.sh",
-           "own_facts.sh FACTS.tsv PATTERNS.tsv", "two_ranks.sh"]
+SCRIPTS = ["baselines.sh", "names.sh", "tune.sh", "slots.sh", "scaling.sh",
+           "variants.sh", "bfloat16.sh", "own_facts.sh FACTS.tsv PATTERNS.tsv", "two_ranks.sh"]
 
 
 def plain(text):
@@ -29,11 +31,11 @@ def plain(text):
 
 
 def mean(kind, key):
-    return statistics.mean(report.values(RUNS, kind, key))
+    return statistics.mean(results.values(RUNS, kind, key))
 
 
 def spread(kind, key, digits):
-    return report.spread(report.values(RUNS, kind, key), digits)
+    return results.spread(results.values(RUNS, kind, key), digits)
 
 
 def says(text, *sentences):
@@ -83,24 +85,24 @@ def test_nothing_is_written_if_a_table_cannot_be_made(tmp_path, monkeypatch):
 
 def test_a_kind_of_one_seed_has_no_spread():
     with pytest.raises(ValueError, match=r"there are 1 run\(s\) named odd-SEED .* at least 2: run"):
-        report.seeds({"odd-1": {}, "odd-1337": {}}, "odd")
+        results.seeds({"odd-1": {}, "odd-1337": {}}, "odd")
 
 
 def test_a_sentence_that_no_longer_holds_is_refused():
     worse = {name: dict(run, recall=0.01) if name.startswith("facts-memory") else run
              for name, run in RUNS.items()}
-    with pytest.raises(ValueError, match="must be written anew: hash, Memory, PEER, MoE, dense"):
+    with pytest.raises(ValueError, match="must be written anew: hash, Memory, UltraMem, "):
         report.main_text(worse)
 
 
 def test_every_kind_has_three_seeds():
-    for title, kind in (report.MAIN | report.SLOTS | report.DENSE).items():
-        assert len(report.seeds(RUNS, kind)) >= 3, title
+    for title, kind in (results.MAIN | results.SLOTS | results.DENSE | results.EXPERTS).items():
+        assert len(results.seeds(RUNS, kind)) >= 3, title
 
 
 def test_what_the_first_command_prints():
     run = RUNS["facts-memory-1337"]
-    added = ("vocab_size", "block_size", "max_steps", *report.RATES)  # by report.collect
+    added = ("vocab_size", "block_size", "max_steps", *results.RATES)  # by results.collect
     run = {k: v for k, v in run.items() if k not in added}
     assert train.read_settings([])[0].seed == run["seed"]
     assert f"\n{train.report(run)}\n" in RESULTS
@@ -119,17 +121,26 @@ def test_the_rivals_are_matched():
     """Within 3% of the memory model's parameters, and no more FLOPs than dense; measured."""
     memory = RUNS["facts-memory-1"]["params"]["total"]
     dense = mean("facts-dense", "flops_per_token")
-    for title in ("MoE", "hash", "PEER", "Memory", "Memory+"):
-        run = RUNS[f"{report.MAIN[title]}-1"]
+    for title in ("MoE", "hash", "PEER", "UltraMem", "Memory", "Memory+"):
+        run = RUNS[f"{results.MAIN[title]}-1"]
         assert run["params"]["total"] == pytest.approx(memory, rel=0.03), title
         assert run["flops_per_token"] <= dense, title
     assert mean("facts-dense2", "flops_per_token") >= 2 * dense
     assert mean("facts-dense4", "flops_per_token") >= 4 * dense
+    assert mean("facts-dense208", "flops_per_token") >= 8 * dense
+    assert mean("facts-dense48", "flops_per_token") == pytest.approx(0.6 * dense, rel=0.03)
+
+
+def test_the_mixtures_of_experts_are_as_large_as_the_tables():
+    for experts, table in (("facts-moe-n64", "facts-n64"), ("facts-moe-n256", "facts-n256")):
+        params = RUNS[f"{table}-1"]["params"]["total"]
+        assert RUNS[f"{experts}-1"]["params"]["total"] == pytest.approx(params, rel=0.02)
+        assert mean(experts, "flops_per_token") <= mean("facts-dense", "flops_per_token")
 
 
 def test_equal_time_is_no_less():
-    long = report.training_time(RUNS, "dense", "facts-dense-long")
-    memory = report.training_time(RUNS, "Memory", "facts-memory")
+    long = results.training_time(RUNS, "dense", "facts-dense-long")
+    memory = results.training_time(RUNS, "Memory", "facts-memory")
     assert float(long) >= float(memory)
 
 
@@ -142,21 +153,21 @@ def test_the_goals_of_the_study():
 
 def test_facts_that_were_read_often_are_known_and_once_are_not():
     for kind in ("facts-memory", "facts-dense", "facts-hash", "facts-dense4"):
-        for result in report.seeds(RUNS, kind):
-            assert report.recall_at(result, 64) > 0.97
-    for result in report.seeds(RUNS, "facts-memory"):
-        assert report.recall_at(result, 1) < 0.08
+        for result in results.seeds(RUNS, kind):
+            assert results.recall_at(result, 64) > 0.97
+    for result in results.seeds(RUNS, "facts-memory"):
+        assert results.recall_at(result, 1) < 0.08
 
 
 def test_more_slots_recall_more_in_every_seed():
-    recall = [report.values(RUNS, kind, "recall") for kind in report.SLOTS.values()]
+    recall = [results.values(RUNS, kind, "recall") for kind in results.SLOTS.values()]
     for few, more in zip(recall, recall[1:]):
         assert max(few) < min(more)
 
 
 def test_the_best_rates_are_those_of_the_study():
     """Of all runs of a kind that differ in their rates, seed 1 of the study has the least loss."""
-    for kind, _ in report.TUNED.values():
+    for kind, _ in results.TUNED.values():
         best = RUNS[f"facts-{kind}-1"]
         tried = [run["val_loss"] for name, run in RUNS.items() if name.startswith(f"tune-{kind}-")]
         assert best["val_loss"] < min(tried), kind
@@ -164,18 +175,18 @@ def test_the_best_rates_are_those_of_the_study():
 
 def test_the_goal_of_teaching():
     """At most a fifth of what is lost when the whole model learns, with as much learnt."""
-    taught = report.teaching()
+    taught = results.teaching()
     lost = {}
     for name in ("slots-4096", "full-1e-4"):
-        edits = report.seeds(taught, f"teach-{name}")
+        edits = results.seeds(taught, f"teach-{name}")
         assert len(edits) == 3 and all(edit["after"][0] >= 0.95 for edit in edits)
-        lost[name] = statistics.mean(report.share_lost(edit) for edit in edits)
+        lost[name] = statistics.mean(results.share_lost(edit) for edit in edits)
     assert lost["slots-4096"] < lost["full-1e-4"] / 5
 
 
 def test_two_processes_learn_the_same():
-    one = report.values(RUNS, "facts-memory", "recall")[:3]
-    two = report.values(RUNS, "facts-2ranks", "recall")
+    one = results.values(RUNS, "facts-memory", "recall")[:3]
+    two = results.values(RUNS, "facts-2ranks", "recall")
     assert abs(statistics.mean(one) - statistics.mean(two)) < statistics.stdev(one)
 
 
@@ -254,7 +265,7 @@ def test_the_scripts_make_all_runs_of_the_results(script):
         idle = {"value_lr"} if s.ffn in ("dense", "moe") else set()
         if s.ffn != "moe":
             idle.add("expert_lr")
-        for rate in set(report.RATES) - idle:
+        for rate in set(results.RATES) - idle:
             assert getattr(s, rate) == run[rate], name
 
 
@@ -269,40 +280,55 @@ def test_two_ranks_launches_two_processes(script):
         assert "--nproc_per_node=2" in words
 
 
+@pytest.fixture
+def assets(tmp_path, monkeypatch):
+    """Files in place of those in assets/, without results."""
+    for name in ("FACTS", "TEACH", "USAGE"):
+        path = tmp_path / f"{name.lower()}.json"
+        path.write_text("{}")
+        monkeypatch.setattr(results, name, path)
+    return tmp_path
+
+
 @pytest.mark.parametrize("content", ["{}", "x", "[]"])
-def test_report_refuses_what_is_no_result(content, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "FACTS", tmp_path / "facts.json")
-    (tmp_path / "facts.json").write_text("{}")
-    folder = tmp_path / "out" / "odd"
+def test_report_refuses_what_is_no_result(content, assets):
+    folder = assets / "out" / "odd"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text('{"settings": {}}')
     (folder / "result.json").write_text(content)
     with pytest.raises(ValueError, match="odd is broken, .*move this folder out of out/"):
-        report.collect(tmp_path / "out")
-    assert (tmp_path / "facts.json").read_text() == "{}"
+        results.collect(assets / "out")
+    assert (assets / "facts.json").read_text() == "{}"
 
 
-def test_report_collects(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "FACTS", tmp_path / "facts.json")
-    (tmp_path / "facts.json").write_text(json.dumps({"old-1": dict(recall=0.5)}))
-    for name, finished in (("new-1", True), ("begun-1", False)):
-        folder = tmp_path / "out" / name
+def test_report_collects(assets):
+    (assets / "facts.json").write_text(json.dumps({"old-1": dict(recall=0.5)}))
+    for name, finished in (("balance-1", True), ("balance-2", False)):
+        folder = assets / "out" / name
         folder.mkdir(parents=True)
         settings = dict(vocab_size=10, block_size=9, max_steps=8, seed=1, learning_rate=1e-3,
                         value_lr=1e-2, expert_lr=1e-3)
         (folder / "config.json").write_text(json.dumps(dict(settings=settings)))
+        (folder / "log.jsonl").write_text('{"step": 8, "memory_usage": 0.5, "memory_kl": 0.25}\n')
+        np.savez(folder / "reads.npz", windows=3, readers_0=np.array([0, 2, 1, 0]))
         if finished:
             (folder / "result.json").write_text(json.dumps(dict(recall=0.25)))
-    assert report.collect(tmp_path / "out") == ["new-1"]
-    assert json.loads((tmp_path / "facts.json").read_text()) == {
+    (assets / "out" / "teach-1").mkdir()
+    (assets / "out" / "teach-1" / "edit.json").write_text('{"teach": {"after": [1]}}')
+    assert results.collect(assets / "out") == ["balance-1", "teach-1"]
+    assert results.load() == {
         "old-1": dict(recall=0.5),
-        "new-1": dict(recall=0.25, vocab_size=10, block_size=9, max_steps=8, learning_rate=1e-3,
-                      value_lr=1e-2, expert_lr=1e-3)}
+        "balance-1": dict(recall=0.25, vocab_size=10, block_size=9, max_steps=8,
+                          learning_rate=1e-3, value_lr=1e-2, expert_lr=1e-3)}
+    assert results.usage() == {"balance-1": dict(steps=[8], usage=[0.5], kl=[0.25], windows=3,
+                                                 read_by_windows=0.5)}
+    assert results.teaching() == {"teach-1": dict(after=[1])}
 
 
-@pytest.mark.parametrize("draw_into", [report.draw_facts, report.draw_own, report.draw_slots])
+@pytest.mark.parametrize("draw_into", [
+    pictures.draw_facts, pictures.draw_own, pictures.draw_slots])
 def test_the_pictures_show_means_and_bands(draw_into, tmp_path):
-    report.draw(RUNS, draw_into, tmp_path / "picture.png")
+    pictures.draw(RUNS, draw_into, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     from matplotlib.figure import Figure
     figure = Figure()
@@ -319,21 +345,21 @@ def test_the_pictures_show_means_and_bands(draw_into, tmp_path):
 def test_a_fit_finds_the_line_that_the_points_lie_on():
     sizes = np.array([1e5, 4e5, 3e6, 2e7])
     true = np.array([0.5, -9.0])
-    columns = [[p] * 3 for p in report.predicted(true, sizes)]
-    line = report.fit(sizes, columns)
+    columns = [[p] * 3 for p in results.predicted(true, sizes)]
+    line = results.fit(sizes, columns)
     assert np.allclose(line, true)
-    assert report.predicted(line, 2**18) == pytest.approx(0.5)  # log-odds 0.5 * 18 - 9 = 0
-    low, high = report.fit_band(sizes, columns, sizes)
+    assert results.predicted(line, 2**18) == pytest.approx(0.5)  # log-odds 0.5 * 18 - 9 = 0
+    low, high = results.fit_band(sizes, columns, sizes)
     assert np.allclose(low, high), "seeds that agree leave no doubt"
-    noisy = [[0.9 * p, p, 1.02 * p] for p in report.predicted(true, sizes)]
-    low, high = report.fit_band(sizes, noisy, sizes)
+    noisy = [[0.9 * p, p, 1.02 * p] for p in results.predicted(true, sizes)]
+    low, high = results.fit_band(sizes, noisy, sizes)
     assert (low < high).all() and (high - low < 0.2).all()
 
 
 @pytest.mark.parametrize("draw_into, width, lines", [
-    (report.draw_scaling, 10, 8), (report.draw_teaching, 6, 3)])
+    (pictures.draw_scaling, 10, 12), (pictures.draw_teaching, 6, 3)])
 def test_the_other_pictures(draw_into, width, lines, tmp_path):
-    report.draw(RUNS, draw_into, tmp_path / "picture.png", width)
+    pictures.draw(RUNS, draw_into, tmp_path / "picture.png", width)
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     from matplotlib.figure import Figure
     figure = Figure()

@@ -1031,7 +1031,7 @@ def test_time_steps_takes_the_steps_of_a_run(data, tmp_path):
 def test_time_steps_prints_a_table(data, capsys):
     time_steps.main([*TINY, "--data", str(data), "--seconds", "0"], warm_up=1)
     title, dense, memory, memory_plus, *rivals = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in rivals] == ["hash", "PEER", "MoE"]
+    assert [line.split()[0] for line in rivals] == ["hash", "PEER", "UltraMem", "MoE"]
     assert "of 12 rounds" in title
     assert dense.startswith("dense ")
     assert dense.endswith(" 1.00 [1.00, 1.00]")
@@ -1045,3 +1045,17 @@ def test_time_steps_prints_a_table(data, capsys):
         ms, ms_low, ms_high, ratio, low, high = numbers.split()
         assert float(ms_low) <= float(ms) <= float(ms_high)
         assert 0.2 < float(low) <= float(ratio) <= float(high) < 50
+
+
+def test_time_steps_adds_one_kind_to_a_file(data, tmp_path, capsys):
+    rows = tmp_path / "steps.json"
+    rows.write_text(json.dumps(dict(dense=1, hash=2, PEER=3)))
+    argv = [*TINY, "--data", str(data), "--seconds", "0", "--json", str(rows), "--kind"]
+    time_steps.main([*argv, "hash"], warm_up=1)
+    found = json.loads(rows.read_text())
+    assert found["dense"] == 1 and found["PEER"] == 3
+    low, middle, high = found["hash"]["ms"]
+    assert 0 < low <= middle <= high and found["hash"]["dense_ms"] > 0
+    assert "PEER" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--kind slow is unknown: choose from dense; Memory;"):
+        time_steps.main([*argv, "slow"])

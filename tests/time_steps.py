@@ -4,10 +4,12 @@ How much longer does a training step take with memory? Steps of several models, 
     python tests/time_steps.py                    # dense, memory and its rivals, default size
     python tests/time_steps.py openwebtext --data data/web --batch-size 128     # compiled, on a GPU
     python tests/time_steps.py --study --json assets/steps.json     # all models of docs/results.md
+    python tests/time_steps.py --study --kind PEER --json assets/steps.json     # PEER beside dense
     python tests/time_steps.py --nanogpt ../nanoGPT/model.py        # beside nanoGPT's own GPT
 
 In turn, so that a machine whose speed changes from minute to minute is as fast for each. --seconds
-says how long it measures (60). It takes any preset and flags of train.py; the data must be there
+says how long it measures (60). --kind, once or more, names what to time beside dense, and --json
+keeps the other rows of the file. It takes any preset and flags of train.py; the data must be there
 (python train.py makes that of the facts). Each model takes the steps it would take in train.py.
 """
 import argparse
@@ -31,12 +33,17 @@ KINDS = {
     "Memory+": ["--mem-gate", "--qk-norm"],
     "hash": ["--ffn", "hash"],
     "PEER": ["--ffn", "peer"],
+    "UltraMem": ["--ffn", "ultramem"],
     "MoE": ["--ffn", "moe"],
 }
 # What else docs/results.md reports.
 STUDY = KINDS | {
+    "dense, 0.6 x FLOPs": ["--ffn", "dense", "--n-embd", "48"],
     "dense, 2 x FLOPs": ["--ffn", "dense", "--n-embd", "96"],
     "dense, 4 x FLOPs": ["--ffn", "dense", "--n-embd", "144"],
+    "dense, 8 x FLOPs": ["--ffn", "dense", "--n-embd", "208"],
+    "MoE, as 4,096 slots": ["--ffn", "moe", "--mem-n-keys", "64", "--moe-experts", "64"],
+    "MoE, as 65,536 slots": ["--ffn", "moe", "--mem-n-keys", "256"],
     "Memory, 1,024 slots": ["--mem-n-keys", "32"],
     "Memory, 4,096 slots": ["--mem-n-keys", "64"],
     "Memory, 65,536 slots": ["--mem-n-keys", "256"],
@@ -109,10 +116,11 @@ def time_in_turn(steps, seconds, warm_up):
 def quartiles(ms):
     """{kind: ms of each round} -> {kind: its quartiles, and those of the ratio to dense}."""
     found = {}
+    dense = statistics.median(ms["dense"])
     for kind, times in ms.items():
         ratios = [t / d for t, d in zip(times, ms["dense"])]
         found[kind] = dict(rounds=len(times), ms=statistics.quantiles(times, n=4),
-                           ratio=statistics.quantiles(ratios, n=4))
+                           ratio=statistics.quantiles(ratios, n=4), dense_ms=dense)
     return found
 
 
@@ -120,15 +128,34 @@ def read_flags(argv):
     """-> what is meant for this script, and the rest, which is for train.py."""
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--study", action="store_true")
+    parser.add_argument("--kind", action="append")
     parser.add_argument("--nanogpt")
     parser.add_argument("--json")
     parser.add_argument("--seconds", type=float, default=60)
     return parser.parse_known_args(argv)
 
 
+def choose_kinds(ours):
+    """What to time: title -> flags, dense among them. Raises ValueError for an unknown --kind."""
+    kinds = STUDY if ours.study else KINDS
+    if not ours.kind:
+        return kinds
+    unknown = set(ours.kind) - kinds.keys()
+    if unknown:
+        raise ValueError(f"--kind {min(unknown)} is unknown: choose from {'; '.join(kinds)}")
+    return {kind: flags for kind, flags in kinds.items() if kind in ("dense", *ours.kind)}
+
+
+def write_rows(path, found, replace):
+    """As JSON. replace: the titles whose rows are new in a file that exists; None: all of them."""
+    if replace and path.exists():
+        found = json.loads(path.read_text("utf-8")) | {kind: found[kind] for kind in replace}
+    path.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+
+
 def main(argv, warm_up=8):
     ours, argv = read_flags(argv)
-    kinds = STUDY if ours.study else KINDS
+    kinds = choose_kinds(ours)
     steps = {kind: trainer([*flags, *argv])[1] for kind, flags in kinds.items()}
     if ours.nanogpt:
         steps["nanoGPT"] = nanogpt_step(ours.nanogpt, argv)
@@ -141,7 +168,7 @@ def main(argv, warm_up=8):
         print(f"{kind:22s}{middle:9.2f} [{low:8.2f}, {high:8.2f}]"
               f"{ratio:9.2f} [{ratio_low:.2f}, {ratio_high:.2f}]")
     if ours.json:
-        Path(ours.json).write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+        write_rows(Path(ours.json), found, ours.kind)
 
 
 if __name__ == "__main__":

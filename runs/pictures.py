@@ -1,0 +1,237 @@
+"""The pictures of README.md and docs/, from assets/*.json. runs/report.py draws them.
+
+A function draw_... takes all runs and a figure, and draws one picture into it.
+"""
+import statistics
+
+import numpy as np
+
+from results import (BALANCE, DENSE, EXPERTS, SLOTS, by_size, fit, fit_band, flops, predicted,
+                     recall_at, seeds, share_lost, teaching, total_parameters, usage, values)
+
+STYLE = {
+    "font.size": 12,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e4e4e4",
+    "legend.frameon": False,
+}
+GREEN = "#2b8a5a"
+BLUE = "#2f6db5"
+LIGHT_BLUE = "#74a9dc"
+ORANGE = "#d9822b"
+PURPLE = "#8256a5"
+RED = "#c0504d"
+GREY = "#777777"
+
+
+def mean_and_deviation(columns):
+    """Lists of the seeds' numbers, one list for each point -> means, standard deviations."""
+    return [statistics.mean(c) for c in columns], [statistics.stdev(c) for c in columns]
+
+
+def draw_line(ax, x, columns, label, color, style):
+    """The mean over seeds, and one standard deviation to either side as a band."""
+    mean, deviation = mean_and_deviation(columns)
+    low = [m - d for m, d in zip(mean, deviation)]
+    high = [m + d for m, d in zip(mean, deviation)]
+    ax.plot(x, mean, style, color=color, lw=2, ms=5, label=label)
+    ax.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
+
+
+def draw_fit(ax, sizes, columns, label, color):
+    """A point for each seed, and the curve of fit() through them with its band."""
+    for x, column in zip(sizes, columns):
+        ax.plot([x] * len(column), column, "o", color=color, ms=4)
+    at = np.geomspace(sizes[0], sizes[-1])
+    ax.plot(at, predicted(fit(sizes, columns), at), color=color, lw=2, label=label)
+    ax.fill_between(at, *fit_band(sizes, columns, at), color=color, alpha=0.2, lw=0)
+
+
+def draw_exposures(ax, results, label, color, style, end):
+    """A line of recall over how often a fact was read, less than `end` times.
+
+    A row of the results holds the facts that were read from 4 to 7 times, say. Its point stands at
+    the geometric middle of that.
+    """
+    rows = [row for row in results[0]["recall_by_exposures"] if 0 < row["from"] < end]
+    x = [(row["from"] * (row["to"] - 1)) ** 0.5 for row in rows]
+    columns = [[recall_at(result, row["from"]) for result in results] for row in rows]
+    draw_line(ax, x, columns, label, color, style)
+
+
+def exposures_axis(ax, ticks):
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(ticks, [str(tick) for tick in ticks])
+    ax.set_xlabel("times the fact was read in training")
+
+
+def recall_axis(ax):
+    """From 0 to 100%, with a little room above."""
+    ax.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "100%"])
+    ax.set_ylim(0, 1.03)
+    ax.set_ylabel("facts recalled")
+
+
+def draw_facts(runs, figure):
+    """Recall over exposures, of memory, its rivals and dense."""
+    lines = {
+        "Memory": ("facts-memory", GREEN, "o-"),
+        "PEER": ("facts-peer", PURPLE, "D-"),
+        "Hashed memory": ("facts-hash", ORANGE, "s-"),
+        "Dense, 4 times the FLOPs": ("facts-dense4", LIGHT_BLUE, "v--"),
+        "Mixture of experts": ("facts-moe", RED, "x-"),
+        "Dense": ("facts-dense", BLUE, "^--"),
+    }
+    ax = figure.subplots()
+    for label, (kind, color, style) in lines.items():
+        # Only a handful of facts were read more often.
+        draw_exposures(ax, seeds(runs, kind), label, color, style, end=1024)
+    exposures_axis(ax, [1, 4, 16, 64, 256])
+    recall_axis(ax)
+    ax.set_title("Who remembers rare facts?", loc="left")
+    ax.legend(loc="lower right")
+
+
+def draw_own(runs, figure):
+    """Recall of real facts over exposures, with bytes and with words as tokens."""
+    kinds = {
+        "hash": ("Hashed memory", ORANGE, "s-"),
+        "memory": ("Memory", GREEN, "o-"),
+        "moe": ("Mixture of experts", RED, "x-"),
+        "dense": ("Dense", BLUE, "^--"),
+    }
+    axes = figure.subplots(1, 2, sharey=True)
+    for ax, tokens in zip(axes, ("bytes", "words")):
+        guesses = []
+        for kind, (label, color, style) in kinds.items():
+            results = seeds(runs, f"own-{tokens}-{kind}")
+            draw_exposures(ax, results, label, color, style, end=128)
+            guesses += [result["recall_control"] for result in results]
+        draw_line(ax, [1, 127], [guesses] * 2, "Guessing", GREY, ":")
+        exposures_axis(ax, [1, 4, 16, 64])
+        ax.set_title(f"Real facts, {tokens} as tokens", loc="left")
+    recall_axis(axes[0])
+    axes[1].legend(loc="center right")
+
+
+def draw_slots(runs, figure):
+    """Recall over the number of slots, beside dense models of three widths."""
+    ax = figure.subplots()
+    slots = [int(title.replace(",", "")) for title in SLOTS]
+    columns = [values(runs, kind, "recall") for kind in SLOTS.values()]
+    flat = {
+        "Dense, 4 times the FLOPs": ("facts-dense4", ORANGE, "--"),
+        "Dense, 2 times the FLOPs": ("facts-dense2", LIGHT_BLUE, "-."),
+        "Dense, same FLOPs": ("facts-dense", BLUE, "-"),
+    }
+    draw_line(ax, slots, columns, "Memory", GREEN, "o-")
+    ends = [slots[0] / 1.2, slots[-1] * 1.2]
+    for label, (kind, color, style) in flat.items():
+        draw_line(ax, ends, [values(runs, kind, "recall")] * 2, label, color, style)
+    ax.set_xscale("log", base=2)
+    ax.set_xlim(*ends)
+    ax.set_xticks(slots, list(SLOTS))
+    recall_axis(ax)
+    ax.set_xlabel("slots in the table")
+    ax.set_title("More slots, more facts", loc="left")
+    ax.legend(loc="upper left")
+
+
+def draw_scaling(runs, figure):
+    """Recall and loss over parameters and FLOPs: tables of five sizes and what they compete with.
+
+    Curves are fitted to the recall of tables and of dense models over parameters. Elsewhere the
+    means are joined.
+    """
+    sizes = {
+        "parameters, million": (total_parameters, [0.2, 0.5, 1, 2, 5, 10]),
+        "FLOPs per token, million": (flops, [1, 2, 5, 10]),
+    }
+    kinds = {
+        "Memory, more slots": (SLOTS, GREEN),
+        "Dense, wider": (DENSE, BLUE),
+        "MoE, larger": (EXPERTS, RED),
+    }
+    axes = figure.subplots(2, 2, sharex="col", sharey="row")
+    for (above, below), (name, (size, ticks)) in zip(axes.T, sizes.items()):
+        for label, (of_kind, color) in kinds.items():
+            points_of_recall = by_size(runs, of_kind.values(), size)
+            points_of_loss = by_size(runs, of_kind.values(), size, "val_loss")
+            if size is total_parameters and of_kind is not EXPERTS:
+                draw_fit(above, *points_of_recall, label, color)
+            else:
+                draw_line(above, *points_of_recall, label, color, "o-")
+            draw_line(below, *points_of_loss, label, color, "o-")
+        below.set_xscale("log")
+        below.set_xticks([1e6 * tick for tick in ticks], [f"{tick:g}" for tick in ticks])
+        below.minorticks_off()
+        below.set_xlabel(name)
+    recall_axis(axes[0, 0])
+    axes[0, 0].set_title("More slots, experts or width? Fitted curves", loc="left")
+    axes[0, 0].legend(loc="upper left")
+    axes[0, 1].set_title("The means over FLOPs, joined", loc="left")
+    axes[1, 0].set_ylabel("validation loss")
+
+
+def draw_teaching(runs, figure):
+    """What is lost when facts are taught, over the number of slots that may learn."""
+    ax = figure.subplots()
+    taught = teaching()
+
+    def columns(name):
+        return [share_lost(edit) for edit in seeds(taught, f"teach-{name}")]
+
+    slots = [512, 1024, 2048, 4096, 8192]
+    draw_line(ax, slots, [columns(f"slots-{n}") for n in slots], "Values of some slots", GREEN,
+              "o-")
+    ends = [slots[0], slots[-1]]
+    draw_line(ax, ends, [columns("all-values-3")] * 2, "All values", BLUE, "--")
+    draw_line(ax, ends, [columns("full-1e-4")] * 2, "The whole model", ORANGE, "-.")
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(slots, [f"{n:,}" for n in slots])
+    ax.set_yscale("log")
+    ax.set_yticks([0.01, 0.1, 1], ["1%", "10%", "100%"])
+    ax.set_ylim(0.002, 1)
+    ax.set_xlabel("slots that may learn")
+    ax.set_ylabel("old facts lost")
+    ax.set_title("What do 100 new facts cost?", loc="left")
+    ax.legend(loc="center right")
+
+
+def draw_usage(runs, figure):
+    """How much of a table of 262,144 slots a step reads, and how unevenly, over training."""
+    kinds = {"0": ("Without the loss", GREEN, "-"), "0.01": ("With it, weight 0.01", PURPLE, "--")}
+    panels = {"usage": "share of the slots that a step reads", "kl": "KL"}
+    used = usage()
+    axes = figure.subplots(1, 2)
+    for ax, (key, title) in zip(axes, panels.items()):
+        for weight, (label, color, style) in kinds.items():
+            of_seeds = [used[name] for name in BALANCE[weight]]
+            columns = list(zip(*[of_seed[key] for of_seed in of_seeds]))
+            draw_line(ax, of_seeds[0]["steps"], columns, label, color, style)
+        ax.set_xlabel("step")
+        ax.set_title(title, loc="left")
+        ax.set_ylim(0)
+    axes[0].legend(loc="lower right")
+
+
+# File: what draws it, and its width and height in inches.
+PICTURES = {
+    "facts.png": (draw_facts, 6, 4.5),
+    "slots.png": (draw_slots, 6, 4.5),
+    "own_facts.png": (draw_own, 10, 4.5),
+    "teach.png": (draw_teaching, 6, 4.5),
+    "scaling.png": (draw_scaling, 10, 7),
+}
+
+
+def draw(runs, draw_into, path, width=6, height=4.5):
+    """Draw a picture and save it."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        draw_into(runs, figure)
+        figure.savefig(path, dpi=100)
