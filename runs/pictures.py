@@ -6,7 +6,7 @@ import statistics
 
 import numpy as np
 
-from results import (BALANCE, DENSE, EXPERTS, SLOTS, by_size, fit, fit_band, flops, predicted,
+from results import (DENSE, EXPERTS, SLOTS, by_size, fit, fit_band, flops, predicted,
                      recall_at, seeds, share_lost, teaching, total_parameters, usage, values)
 
 STYLE = {
@@ -201,16 +201,18 @@ def draw_teaching(runs, figure):
 
 
 def draw_usage(runs, figure):
-    """How much of a table of 262,144 slots a step reads, and how unevenly, over training."""
-    kinds = {"0": ("Without the loss", GREEN, "-"), "0.01": ("With it, weight 0.01", PURPLE, "--")}
-    panels = {"usage": "share of the slots that a step reads", "kl": "KL"}
+    """How a step reads a table of 262,144 slots: how much of it, how unevenly. Seed 1."""
+    kinds = {
+        "facts-n512-1": ("Without the loss", GREEN, "-"),
+        "balance-1e-2-1": ("Its weight is 0.01", PURPLE, "--"),
+        "balance-1e-1-1": ("Its weight is 0.1", ORANGE, ":"),
+    }
+    panels = {"usage": "Share of the slots that a step reads", "kl": "KL"}
     used = usage()
     axes = figure.subplots(1, 2)
     for ax, (key, title) in zip(axes, panels.items()):
-        for weight, (label, color, style) in kinds.items():
-            of_seeds = [used[name] for name in BALANCE[weight]]
-            columns = list(zip(*[of_seed[key] for of_seed in of_seeds]))
-            draw_line(ax, of_seeds[0]["steps"], columns, label, color, style)
+        for name, (label, color, style) in kinds.items():
+            ax.plot(used[name]["steps"], used[name][key], style, color=color, lw=2, label=label)
         ax.set_xlabel("step")
         ax.set_title(title, loc="left")
         ax.set_ylim(0)
@@ -224,6 +226,7 @@ PICTURES = {
     "own_facts.png": (draw_own, 10, 4.5),
     "teach.png": (draw_teaching, 6, 4.5),
     "scaling.png": (draw_scaling, 10, 7),
+    "usage.png": (draw_usage, 10, 4),
 }
 
 

@@ -12,6 +12,7 @@ results.py reads the results, and says what assets/ holds. pictures.py draws.
 """
 import argparse
 import json
+import math
 import re
 import statistics
 import sys
@@ -141,22 +142,18 @@ def scaling_table(runs):
 
 def usage_table(runs):
     """What a loss against uneven use changes, by its weight: of one seed or of several."""
-    used = usage()
     rows = []
     for weight, names in BALANCE.items():
-        results = [runs[name] for name in names]
-
-        def cell(numbers, digits):
-            return spread(numbers, digits) if len(numbers) > 1 else f"{numbers[0]:.{digits}f}"
-
-        rows.append([weight, str(len(names)),
-                     cell([result["recall"] for result in results], 3),
-                     cell([result["val_loss"] for result in results], 3),
-                     cell([result["memory_usage"] for result in results], 3),
-                     cell([used[name]["read_by_windows"] for name in names], 3),
-                     cell([result["memory_kl"] for result in results], 2)])
-    return markdown(["weight", "seeds", "facts recalled", "validation loss",
-                     "share of the slots that a step reads", "that 2,048 windows read", "KL"], rows)
+        row = [weight, str(len(names))]
+        for key, digits in (("recall", 3), ("val_loss", 3), ("memory_usage", 3), ("memory_kl", 2)):
+            numbers = [runs[name][key] for name in names]
+            if len(numbers) > 1:
+                row.append(spread(numbers, digits))
+            else:
+                row.append(f"{numbers[0]:.{digits}f}")
+        rows.append(row)
+    return markdown(["weight of the loss", "seeds", "facts recalled", "validation loss",
+                     "share of the slots that a step reads", "KL"], rows)
 
 
 def reads_table(runs):
@@ -338,10 +335,10 @@ def main_text(runs):
            "65,536 slots recall more than dense with 4 times the FLOPs")
     once = spread([recall_at(result, 1) for result in seeds(runs, memory)], 2)
     return points(
-        f"**At equal tokens, FLOPs and parameters** the hash recalls the most, then Memory, "
-        f"UltraMem, PEER and MoE: {listed([times(runs, kind, dense) for kind in order[:-1]])} as "
-        f"many facts as dense. Why the hash is ahead here, and when it is not, is shown "
-        f"[below](#how-people-are-named).",
+        f"**At equal tokens and FLOPs** the hash recalls the most, then Memory, UltraMem, PEER and "
+        f"MoE: {listed([times(runs, kind, dense) for kind in order[:-1]])} as many facts as dense, "
+        f"which has a sixth of their parameters. Why the hash is ahead here, and when it is not, "
+        f"is shown [below](#how-people-are-named).",
         f"**At equal time** Memory recalls {times(runs, memory, 'facts-dense-long')} as many facts "
         f"as dense. MoE, PEER and UltraMem take longer than Memory, the hash takes less.",
         f"**Against larger dense models**: Memory recalls "
@@ -351,8 +348,8 @@ def main_text(runs):
         f"{times(runs, 'facts-n256', 'facts-dense4')}.",
         f"**The difference is in the long tail.** Facts that were read 64 times are known to all "
         f"models. Of the facts that were read once all know few (Memory {once}).",
-        f"**A parameter of a memory model holds little**: "
-        f"{spread(values(runs, memory, 'bits_per_param'), 3)} bits. In the dense model of the same "
+        f"**Bits per parameter fall with size.** In Memory they are "
+        f"{spread(values(runs, memory, 'bits_per_param'), 3)}. In the dense model of the same "
         f"width it is {spread(values(runs, dense, 'bits_per_param'), 3)}, in the one of four times "
         f"the FLOPs {spread(values(runs, 'facts-dense4', 'bits_per_param'), 3)}.")
 
@@ -524,9 +521,11 @@ def tuning_text(runs):
         f"**256 experts** of 32 hidden units (`tune-experts-256`) recall "
         f"{tried('tune-experts-256')}, 128 experts of 64 {tried('facts-moe-1')}. The study uses "
         f"the latter.",
-        f"**Chosen by validation loss.** By recall it would be the same, but for the hash: with "
-        f"1.5e-3 it recalls {tried('tune-hash-1.5e-3-4e-2')}, with the study's 3e-3 "
-        f"{tried('facts-hash-1')}. The spread of its seeds is wider than that.",
+        f"**Chosen by validation loss.** By recall it would be the same, but for two: the hash "
+        f"recalls {tried('tune-hash-1.5e-3-4e-2')} with 1.5e-3, {tried('facts-hash-1')} with the "
+        f"study's 3e-3, and the narrowest dense model {tried('tune-dense48-3e-3')} with 3e-3, "
+        f"{tried('facts-dense48-1')} with the study's 6e-3. The spread of their seeds is wider "
+        f"than that.",
         f"**Hash**: `--value-lr 4e-2`. The default of `facts`, 1.6e-1, is Memory's; the hash "
         f"recalls {tried('tune-hash-3e-3-1.6e-1')} with it, {tried('facts-hash-1')} with its own.")
 
@@ -597,6 +596,7 @@ def scaling_text(runs):
     few = flops(seeds(runs, "facts-n32")[0])
     many = flops(seeds(runs, "facts-n512")[0])
     sizes = list(SLOTS.values())
+    as_many_flops = [f"{flops(seeds(runs, kind)[0]) / few:.1f}" for kind in widths]
     experts = [recall(runs, kind) for kind in EXPERTS.values()]
     tables = [recall(runs, kind) for kind in sizes[1:4]]
     expect(max(experts) < tables[0], "all mixtures recall less than the smallest of these tables")
@@ -611,8 +611,9 @@ def scaling_text(runs):
     return points(
         f"**At equal parameters**, {listed(in_millions)} M, dense recalls {two(dense)}, memory "
         f"{two(memory)}. (Recall of memory is interpolated over the logarithm of the parameters.) "
-        f"So they are level first, and then memory is ahead. The dense models take 2, 4 and 8 "
-        f"times the FLOPs for it.",
+        f"So with 0.4 M they are level, and then memory is ahead. A table of 1,024 slots, with "
+        f"0.2 M, recalls less than dense. The dense models take {listed(as_many_flops)} times the "
+        f"FLOPs of the smallest of these tables.",
         f"**At about equal FLOPs**, {few / 1e6:.1f} to {many / 1e6:.1f} M, dense recalls "
         f"{recall(runs, 'facts-dense'):.2f} and memory {recall(runs, sizes[0]):.2f} to "
         f"{recall(runs, sizes[-1]):.2f}. {4 ** (len(SLOTS) - 1)} times the slots cost "
@@ -624,19 +625,60 @@ def scaling_text(runs):
         f"**More weights in experts hardly help here.** Mixtures as large as the tables of 4,096, "
         f"16,384 and 65,536 slots recall {two(experts)}, the tables {two(tables)}. Mixtures and "
         f"tables alike were tuned at the middle size alone. With rates of their own the others may "
-        f"do better.",
+        f"do better. And a larger mixture here has a costlier router, so that a token uses fewer "
+        f"hidden units: 224, 192 and 128.",
         f"**Large tables take time**, though hardly any FLOPs: with 262,144 slots, training takes "
         f"{training_time(runs, '262,144', 'facts-n512')} times as long as dense, longer than dense "
         f"with four times the FLOPs ({training_time(runs, 'dense, 4 x FLOPs', 'facts-dense4')}).",
         f"**How far to trust the curves** (upper left): not beyond what was measured. The log-odds "
         f"of recall are fitted by a line over the logarithm of the parameters. The curve of Memory "
         f"misses its means by up to {miss:.2f}, that of dense by {dense_miss:.2f}. Fitted without "
-        f"the largest table, it promises {promise:.2f} for 262,144 slots, and {measured:.2f} was "
-        f"measured. Fitted without the widest model, that of dense promises {dense_promise:.2f}, "
+        f"the largest table, it predicts {promise:.2f} for 262,144 slots, and {measured:.2f} was "
+        f"measured. Fitted without the widest model, that of dense predicts {dense_promise:.2f}, "
         f"and {dense_measured:.2f} was measured. The bands show the spread of the seeds alone. "
         f"Everything else in the picture is means, joined by lines.",
         f"**Validation loss** falls as recall rises, from {loss[0]:.3f} to {loss[-1]:.3f} over the "
         f"five tables.")
+
+
+def usage_text(runs):
+    without = [runs[name] for name in BALANCE["0"]]
+    balanced = [runs[name] for name in BALANCE["0.01"]]
+
+    def of(results, key, digits):
+        return spread([result[key] for result in results], digits)
+
+    for result, other in zip(without, balanced):
+        expect(other["memory_usage"] > result["memory_usage"], "the loss raises usage")
+        expect(other["memory_kl"] < result["memory_kl"], "the loss makes reads more even")
+    gain = statistics.mean(r["recall"] for r in balanced) - recall(runs, "facts-n512")
+    expect(gain < statistics.stdev(values(runs, "facts-n512", "recall")), "recall is as before")
+    used = usage()
+    before = used["facts-n512-1"]
+    after = used["balance-1e-2-1"]
+    expect(before["usage"][0] == min(before["usage"]), "usage is lowest at the beginning")
+    params = without[0]["params"]
+    read_by_token = params["active"] - (params["total"] - params["values"])  # numbers of the table
+    tokens = without[0]["tokens"] / without[0]["max_steps"]  # of a step
+    share = tokens * read_by_token / params["values"]
+    at_random = 1 - math.exp(-share)  # the share that is met, if each read goes anywhere
+    return points(
+        f"**A step reads {of(without, 'memory_usage', 3)} of the slots.** It could read no more "
+        f"than {share:.2f}, and random reads would reach {at_random:.2f}. Usage is lowest at the "
+        f"beginning, and rises by itself.",
+        f"**Other steps read other slots**: {before['windows']:,} windows of the training text "
+        f"read {before['read_by_windows']:.2f} of them (seed 1). What the rest hold was not looked at.",
+        f"**The loss evens it out somewhat.** KL falls from {of(without, 'memory_kl', 2)} to "
+        f"{of(balanced, 'memory_kl', 2)}; it would be 12.5 if one slot got everything. A step "
+        f"reads {of(balanced, 'memory_usage', 3)}, and {after['windows']:,} windows read "
+        f"{after['read_by_windows']:.2f} (seed 1).",
+        f"**Recall does not change**: {of(without, 'recall', 3)} without it, "
+        f"{of(balanced, 'recall', 3)} with it. Nor does the validation loss. Seed 1 gains most, "
+        f"and it is the worst of the three without the loss ({without[0]['recall']:.3f}). So the "
+        f"row of 0.1, which is seed 1 alone, is no gain either.",
+        f"**What it costs**: the half-scores are made a second time. Training takes "
+        f"{training_time(runs, 'Memory, 262,144 slots, balanced', 'balance-1e-2')} times as long "
+        f"as dense, without the loss {training_time(runs, '262,144', 'facts-n512')} times.")
 
 
 def against_text(runs):
@@ -674,7 +716,7 @@ TABLES = {
     "docs/results.md": [main_table, main_text, exposures_table, cost_table, choosing_text,
                         names_table, names_text, own_table, own_text, own_tuning_table,
                         tuning_table, tuning_text, slots_table, slots_text, scaling_table,
-                        scaling_text, reads_table, variants_table,
+                        scaling_text, usage_table, usage_text, reads_table, variants_table,
                         bfloat16_table, teach_table, teach_text, against_text],
     "docs/speed.md": [steps_table],
     "docs/parallel.md": [ranks_table],

@@ -2,7 +2,7 @@
 
     facts.json    the result.json of each run, under the name of its folder
     teach.json    what runs/teach.sh found
-    usage.json    how the runs of runs/balance.sh read their tables
+    usage.json    how the runs of runs/balance.sh with seed 1 read their tables over training
     steps.json    how long a step of each kind takes: python tests/time_steps.py --study --json ...
 
 Runs that differ by their seed alone have names that end in -1, -2, -3 and so on. They are one kind
@@ -92,7 +92,6 @@ TAUGHT = {
 # The runs of runs/balance.sh, by the weight of the loss against uneven use.
 BALANCE = {
     "0": [f"facts-n512-{seed}" for seed in (1, 2, 3)],
-    "0.001": ["balance-1e-3-1"],
     "0.01": [f"balance-1e-2-{seed}" for seed in (1, 2, 3)],
     "0.1": ["balance-1e-1-1"],
 }
@@ -144,7 +143,7 @@ def teaching():
 
 
 def usage():
-    """How much of its table each run of runs/balance.sh reads."""
+    """How the runs of runs/balance.sh with seed 1 read their tables over training."""
     return read_assets(USAGE)
 
 
@@ -185,8 +184,8 @@ def collect(out=OUT):
     Of those that are not finished yet nothing is taken.
     """
     kinds = [("*/result.json", FACTS, result_of), ("teach-*/edit.json", TEACH, lesson_of),
-             ("facts-n512-*/result.json", USAGE, usage_of),
-             ("balance-*/result.json", USAGE, usage_of)]
+             ("facts-n512-1/result.json", USAGE, usage_of),
+             ("balance-*-1/result.json", USAGE, usage_of)]
     names = []
     for pattern, file, read in kinds:
         folders = sorted(path.parent for path in out.glob(pattern))

@@ -21,7 +21,7 @@ import train
 RUNS = results.load()
 RESULTS = (ROOT / "docs" / "results.md").read_text("utf-8")
 PARALLEL = (ROOT / "docs" / "parallel.md").read_text("utf-8")
-SCRIPTS = ["baselines.sh", "names.sh", "tune.sh", "slots.sh", "scaling.sh",
+SCRIPTS = ["baselines.sh", "names.sh", "tune.sh", "slots.sh", "scaling.sh", "balance.sh",
            "variants.sh", "bfloat16.sh", "own_facts.sh FACTS.tsv PATTERNS.tsv", "two_ranks.sh"]
 
 
@@ -303,7 +303,7 @@ def test_report_refuses_what_is_no_result(content, assets):
 
 def test_report_collects(assets):
     (assets / "facts.json").write_text(json.dumps({"old-1": dict(recall=0.5)}))
-    for name, finished in (("balance-1", True), ("balance-2", False)):
+    for name, finished in (("balance-1e-2-1", True), ("balance-1e-1-1", False)):
         folder = assets / "out" / name
         folder.mkdir(parents=True)
         settings = dict(vocab_size=10, block_size=9, max_steps=8, seed=1, learning_rate=1e-3,
@@ -315,12 +315,12 @@ def test_report_collects(assets):
             (folder / "result.json").write_text(json.dumps(dict(recall=0.25)))
     (assets / "out" / "teach-1").mkdir()
     (assets / "out" / "teach-1" / "edit.json").write_text('{"teach": {"after": [1]}}')
-    assert results.collect(assets / "out") == ["balance-1", "teach-1"]
+    assert results.collect(assets / "out") == ["balance-1e-2-1", "teach-1"]
     assert results.load() == {
         "old-1": dict(recall=0.5),
-        "balance-1": dict(recall=0.25, vocab_size=10, block_size=9, max_steps=8,
+        "balance-1e-2-1": dict(recall=0.25, vocab_size=10, block_size=9, max_steps=8,
                           learning_rate=1e-3, value_lr=1e-2, expert_lr=1e-3)}
-    assert results.usage() == {"balance-1": dict(steps=[8], usage=[0.5], kl=[0.25], windows=3,
+    assert results.usage() == {"balance-1e-2-1": dict(steps=[8], usage=[0.5], kl=[0.25], windows=3,
                                                  read_by_windows=0.5)}
     assert results.teaching() == {"teach-1": dict(after=[1])}
 
@@ -366,6 +366,16 @@ def test_the_other_pictures(draw_into, width, lines, tmp_path):
     draw_into(RUNS, figure)
     bands = sum(len(ax.collections) for ax in figure.axes)
     assert bands == lines and len(figure.axes[0].get_legend().get_texts()) >= 2
+
+
+def test_the_picture_of_usage():
+    from matplotlib.figure import Figure
+    figure = Figure()
+    pictures.draw_usage(RUNS, figure)
+    for ax in figure.axes:
+        assert len(ax.lines) == 3
+        assert all(line.get_xdata()[-1] == 5000 for line in ax.lines)
+    assert figure.axes[0].get_ylim()[0] == 0
 
 
 def test_the_citation_names_the_paper():

@@ -48,6 +48,7 @@ STUDY = KINDS | {
     "Memory, 4,096 slots": ["--mem-n-keys", "64"],
     "Memory, 65,536 slots": ["--mem-n-keys", "256"],
     "Memory, 262,144 slots": ["--mem-n-keys", "512"],
+    "Memory, 262,144 slots, balanced": ["--mem-n-keys", "512", "--mem-balance", "1e-2"],
     "Memory, K = 8": ["--mem-topk", "8"],
     "Memory+, bfloat16": ["--mem-gate", "--qk-norm", "--mem-dtype", "bfloat16"],
 }
