@@ -667,7 +667,8 @@ def usage_text(runs):
         f"than {share:.2f}, and random reads would reach {at_random:.2f}. Usage is lowest at the "
         f"beginning, and rises by itself.",
         f"**Other steps read other slots**: {before['windows']:,} windows of the training text "
-        f"read {before['read_by_windows']:.2f} of them (seed 1). What the rest hold was not looked at.",
+        f"read {before['read_by_windows']:.2f} of them (seed 1). What the rest hold was not "
+        f"looked at.",
         f"**The loss evens it out somewhat.** KL falls from {of(without, 'memory_kl', 2)} to "
         f"{of(balanced, 'memory_kl', 2)}; it would be 12.5 if one slot got everything. A step "
         f"reads {of(balanced, 'memory_usage', 3)}, and {after['windows']:,} windows read "
