@@ -75,7 +75,7 @@ def unevenness(scores):
 
     log n minus the entropy of p, the mean over the tokens of softmax(scores): 0 if all half-keys
     are liked the same, log n if one is. The softmax is over all n, so that it gives a gradient to
-    half-keys that nobody reads, too (the entropy loss of vector quantisation, arXiv 2310.05737).
+    half-keys that nobody reads, too (the entropy loss of vector quantization, arXiv 2310.05737).
     """
     p = scores.float().softmax(dim=-1).mean(dim=2)  # (2, H, n)
     return math.log(p.shape[-1]) - torch.special.entr(p).sum(dim=-1).mean()

@@ -204,8 +204,8 @@ def draw_usage(runs, figure):
     """How a step reads a table of 262,144 slots: how much of it, how unevenly. Seed 1."""
     kinds = {
         "facts-n512-1": ("Without the loss", GREEN, "-"),
-        "balance-1e-2-1": ("Its weight is 0.01", PURPLE, "--"),
-        "balance-1e-1-1": ("Its weight is 0.1", ORANGE, ":"),
+        "balance-1e-2-1": ("With it, weight 0.01", PURPLE, "--"),
+        "balance-1e-1-1": ("With it, weight 0.1", ORANGE, ":"),
     }
     panels = {"usage": "Share of the slots that a step reads", "kl": "KL"}
     used = usage()

@@ -26,8 +26,7 @@ from results import (BALANCE, DENSE, EXPERTS, HALF_RATE, MAIN, NAMES, OWN, RATES
                      recall, recall_at, seeds, share_lost, spread, teaching, times,
                      total_parameters, training_time, usage, values)
 
-sys.path.insert(0, str(ROOT))
-from prepare_data import steady_output
+from prepare_data import steady_output  # results.py has made the repository's scripts importable
 
 # ---- tables
 
@@ -326,19 +325,30 @@ def expect(holds, claim):
         raise ValueError(f"this no longer holds, so its sentence must be written anew: {claim}")
 
 
+# The kinds of about equal FLOPs that the sentences rank, from the highest recall to the lowest.
+RANKED = ["facts-hash", "facts-memory", "facts-ultramem", "facts-peer", "facts-moe", "facts-dense"]
+
+
+def expect_rank(runs):
+    expect(all(recall(runs, a) > recall(runs, b) for a, b in zip(RANKED, RANKED[1:])),
+           "hash, Memory, UltraMem, PEER, MoE, dense is the order of recall")
+
+
 def main_text(runs):
     memory, dense = "facts-memory", "facts-dense"
-    order = ["facts-hash", memory, "facts-ultramem", "facts-peer", "facts-moe", dense]
-    expect(all(recall(runs, a) > recall(runs, b) for a, b in zip(order, order[1:])),
-           "hash, Memory, UltraMem, PEER, MoE, dense is the order of recall")
+    expect_rank(runs)
     expect(recall(runs, "facts-n256") > recall(runs, "facts-dense4"),
            "65,536 slots recall more than dense with 4 times the FLOPs")
     once = spread([recall_at(result, 1) for result in seeds(runs, memory)], 2)
+
+    def bits(kind):
+        return spread(values(runs, kind, "bits_per_param"), 3)
+
     return points(
         f"**At equal tokens and FLOPs** the hash recalls the most, then Memory, UltraMem, PEER and "
-        f"MoE: {listed([times(runs, kind, dense) for kind in order[:-1]])} as many facts as dense, "
-        f"which has a sixth of their parameters. Why the hash is ahead here, and when it is not, "
-        f"is shown [below](#how-people-are-named).",
+        f"MoE: {listed([times(runs, kind, dense) for kind in RANKED[:-1]])} as many facts as "
+        f"dense, which has a sixth of their parameters. Why the hash is ahead here, and when it "
+        f"is not, is shown [below](#how-people-are-named).",
         f"**At equal time** Memory recalls {times(runs, memory, 'facts-dense-long')} as many facts "
         f"as dense. MoE, PEER and UltraMem take longer than Memory, the hash takes less.",
         f"**Against larger dense models**: Memory recalls "
@@ -348,18 +358,16 @@ def main_text(runs):
         f"{times(runs, 'facts-n256', 'facts-dense4')}.",
         f"**The difference is in the long tail.** Facts that were read 64 times are known to all "
         f"models. Of the facts that were read once all know few (Memory {once}).",
-        f"**Bits per parameter fall with size.** In Memory they are "
-        f"{spread(values(runs, memory, 'bits_per_param'), 3)}. In the dense model of the same "
-        f"width it is {spread(values(runs, dense, 'bits_per_param'), 3)}, in the one of four times "
-        f"the FLOPs {spread(values(runs, 'facts-dense4', 'bits_per_param'), 3)}.")
+        f"**Bits per parameter**: Memory stores {bits(memory)}, the dense model of the same "
+        f"width, which is a sixth as large, {bits(dense)}, and dense with eight times the FLOPs, "
+        f"which is larger than Memory, {bits('facts-dense208')}.")
 
 
 def readme_text(runs):
     memory, dense = "facts-memory", "facts-dense"
     larger = recall(runs, "facts-dense4") / recall(runs, dense)
     expect(larger < recall(runs, memory) / recall(runs, dense), "Memory beats 4 times the FLOPs")
-    expect(recall(runs, "facts-hash") > recall(runs, memory) > recall(runs, "facts-ultramem")
-           > recall(runs, "facts-peer") > recall(runs, "facts-moe"), "this is the order of recall")
+    expect_rank(runs)
     return paragraphs(
         f"The memory model recalls {times(runs, memory, dense)} as many facts as the dense model. "
         f"If the dense model may train for as long, this falls to "
@@ -569,17 +577,17 @@ def memory_as_large_as(runs, kind):
     return float(np.interp(np.log(size), np.log(sizes), means))
 
 
-def promise_and_miss(runs, kinds):
-    """How well fit() describes the recall of some kinds of run, over their parameters.
-
-    -> what the curve through all but the largest says of the largest, what was measured there, and
-    how far the curve through all of them is from a mean at most.
-    """
+def largest_miss(runs, kinds):
+    """How far the curve of fit() is, at most, from the mean recall of one of these kinds of run."""
     sizes, columns = by_size(runs, kinds.values(), total_parameters)
     means = [statistics.mean(column) for column in columns]
-    promise = float(predicted(fit(sizes[:-1], columns[:-1]), sizes[-1]))
-    miss = max(abs(predicted(fit(sizes, columns), sizes) - means))
-    return promise, means[-1], miss
+    return max(abs(predicted(fit(sizes, columns), sizes) - means))
+
+
+def predict_last(runs, kinds):
+    """The recall that the curve through all kinds of run but the last predicts for the last."""
+    sizes, columns = by_size(runs, kinds.values(), total_parameters)
+    return float(predicted(fit(sizes[:-1], columns[:-1]), sizes[-1]))
 
 
 def scaling_text(runs):
@@ -600,8 +608,9 @@ def scaling_text(runs):
     experts = [recall(runs, kind) for kind in EXPERTS.values()]
     tables = [recall(runs, kind) for kind in sizes[1:4]]
     expect(max(experts) < tables[0], "all mixtures recall less than the smallest of these tables")
-    promise, measured, miss = promise_and_miss(runs, SLOTS)
-    dense_promise, dense_measured, dense_miss = promise_and_miss(runs, DENSE)
+    miss = largest_miss(runs, SLOTS)
+    dense_miss = largest_miss(runs, DENSE)
+    expect(dense_miss < miss, "the curve of Memory fits less well")
     loss = [statistics.mean(values(runs, kind, "val_loss")) for kind in sizes]
     expect(loss == sorted(loss, reverse=True), "more slots have a lower loss")
 
@@ -632,11 +641,13 @@ def scaling_text(runs):
         f"with four times the FLOPs ({training_time(runs, 'dense, 4 x FLOPs', 'facts-dense4')}).",
         f"**How far to trust the curves** (upper left): not beyond what was measured. The log-odds "
         f"of recall are fitted by a line over the logarithm of the parameters. The curve of Memory "
-        f"misses its means by up to {miss:.2f}, that of dense by {dense_miss:.2f}. Fitted without "
-        f"the largest table, it predicts {promise:.2f} for 262,144 slots, and {measured:.2f} was "
-        f"measured. Fitted without the widest model, that of dense predicts {dense_promise:.2f}, "
-        f"and {dense_measured:.2f} was measured. The bands show the spread of the seeds alone. "
-        f"Everything else in the picture is means, joined by lines.",
+        f"misses its means by up to {miss:.2f}, that of dense by {dense_miss:.2f}. So the two "
+        f"curves lie closer together than the means do. Fitted without the largest table, the "
+        f"curve predicts {predict_last(runs, SLOTS):.2f} for 262,144 slots, and "
+        f"{recall(runs, sizes[-1]):.2f} was measured. Fitted without the widest model, that of "
+        f"dense predicts {predict_last(runs, DENSE):.2f}, and {dense[2]:.2f} was measured. The "
+        f"bands show the spread of the seeds alone. Everything else in the picture is means, "
+        f"joined by lines.",
         f"**Validation loss** falls as recall rises, from {loss[0]:.3f} to {loss[-1]:.3f} over the "
         f"five tables.")
 
@@ -651,12 +662,15 @@ def usage_text(runs):
     for result, other in zip(without, balanced):
         expect(other["memory_usage"] > result["memory_usage"], "the loss raises usage")
         expect(other["memory_kl"] < result["memory_kl"], "the loss makes reads more even")
-    gain = statistics.mean(r["recall"] for r in balanced) - recall(runs, "facts-n512")
-    expect(gain < statistics.stdev(values(runs, "facts-n512", "recall")), "recall is as before")
+    for key in ("recall", "val_loss"):
+        numbers = [result[key] for result in without]
+        change = statistics.mean(result[key] for result in balanced) - statistics.mean(numbers)
+        expect(abs(change) < statistics.stdev(numbers), f"{key} is as without the loss")
     used = usage()
     before = used["facts-n512-1"]
     after = used["balance-1e-2-1"]
     expect(before["usage"][0] == min(before["usage"]), "usage is lowest at the beginning")
+    most = math.log(512**2)
     params = without[0]["params"]
     read_by_token = params["active"] - (params["total"] - params["values"])  # numbers of the table
     tokens = without[0]["tokens"] / without[0]["max_steps"]  # of a step
@@ -670,13 +684,13 @@ def usage_text(runs):
         f"read {before['read_by_windows']:.2f} of them (seed 1). What the rest hold was not "
         f"looked at.",
         f"**The loss evens it out somewhat.** KL falls from {of(without, 'memory_kl', 2)} to "
-        f"{of(balanced, 'memory_kl', 2)}; it would be 12.5 if one slot got everything. A step "
-        f"reads {of(balanced, 'memory_usage', 3)}, and {after['windows']:,} windows read "
+        f"{of(balanced, 'memory_kl', 2)}; it would be {most:.1f} if one slot got everything. A "
+        f"step reads {of(balanced, 'memory_usage', 3)}, and {after['windows']:,} windows read "
         f"{after['read_by_windows']:.2f} (seed 1).",
         f"**Recall does not change**: {of(without, 'recall', 3)} without it, "
         f"{of(balanced, 'recall', 3)} with it. Nor does the validation loss. Seed 1 gains most, "
         f"and it is the worst of the three without the loss ({without[0]['recall']:.3f}). So the "
-        f"row of 0.1, which is seed 1 alone, is no gain either.",
+        f"row of 0.1, which is seed 1 alone, shows no gain either.",
         f"**What it costs**: the half-scores are made a second time. Training takes "
         f"{training_time(runs, 'Memory, 262,144 slots, balanced', 'balance-1e-2')} times as long "
         f"as dense, without the loss {training_time(runs, '262,144', 'facts-n512')} times.")

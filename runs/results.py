@@ -26,7 +26,7 @@ TEACH = ROOT / "assets" / "teach.json"
 USAGE = ROOT / "assets" / "usage.json"
 OUT = ROOT / "out"
 
-# The kinds of runs/baselines.sh, as they are named in assets/steps.json.
+# The kinds of runs/baselines.sh. Their titles are those of assets/steps.json, but for STEP_OF.
 MAIN = {
     "dense": "facts-dense",
     "dense, equal time": "facts-dense-long",

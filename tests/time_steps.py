@@ -8,9 +8,10 @@ How much longer does a training step take with memory? Steps of several models, 
     python tests/time_steps.py --nanogpt ../nanoGPT/model.py        # beside nanoGPT's own GPT
 
 In turn, so that a machine whose speed changes from minute to minute is as fast for each. --seconds
-says how long it measures (60). --kind, once or more, names what to time beside dense, and --json
-keeps the other rows of the file. It takes any preset and flags of train.py; the data must be there
-(python train.py makes that of the facts). Each model takes the steps it would take in train.py.
+says how long it measures (60). --kind, once or more, names what to time beside dense. --json keeps
+the rows of a file that are not timed. The script takes any preset and flags of train.py; the data
+must be there (python train.py makes that of the facts). Each model takes the steps it would take in
+train.py.
 """
 import argparse
 import importlib.util
@@ -147,11 +148,18 @@ def choose_kinds(ours):
     return {kind: flags for kind, flags in kinds.items() if kind in ("dense", *ours.kind)}
 
 
-def write_rows(path, found, replace):
-    """As JSON. replace: the titles whose rows are new in a file that exists; None: all of them."""
-    if replace and path.exists():
-        found = json.loads(path.read_text("utf-8")) | {kind: found[kind] for kind in replace}
-    path.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+def write_rows(path, found, with_dense):
+    """As JSON. Rows of a file that exists stay, if they are not found anew.
+
+    So does that of dense, unless with_dense: it belongs to most of the other rows.
+    """
+    rows = {}
+    if path.exists():
+        rows = json.loads(path.read_text("utf-8"))
+    for kind, row in found.items():
+        if kind != "dense" or with_dense or kind not in rows:
+            rows[kind] = row
+    path.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
 
 
 def main(argv, warm_up=8):
@@ -169,7 +177,7 @@ def main(argv, warm_up=8):
         print(f"{kind:22s}{middle:9.2f} [{low:8.2f}, {high:8.2f}]"
               f"{ratio:9.2f} [{ratio_low:.2f}, {ratio_high:.2f}]")
     if ours.json:
-        write_rows(Path(ours.json), found, ours.kind)
+        write_rows(Path(ours.json), found, with_dense=not ours.kind)
 
 
 if __name__ == "__main__":
