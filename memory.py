@@ -189,12 +189,14 @@ class ProductKeyMemory(nn.Module):
     Memory+   both
 
     dim: C. table: a MemoryTable, which several layers may share. key_dim: of both halves together,
-    default C/2. balanced: keep in self.balance how uneven the half-keys were in the last forward of
+    default C/2. gate_open: the gate has a bias, and starts at 1 for every x. balanced: keep in self.balance how uneven the half-keys were in the last forward of
     training; GPT adds a little of it to the loss. Raises ValueError for sizes that cannot work.
     """
 
+    OPEN = 1.2784645  # silu(OPEN) = 1
+
     def __init__(self, dim, table, heads=4, topk=32, key_dim=None, gate=True, qk_norm=True,
-                 balanced=False):
+                 gate_open=False, balanced=False):
         super().__init__()
         key_dim = dim // 2 if key_dim is None else key_dim
         if heads < 1:
@@ -215,7 +217,7 @@ class ProductKeyMemory(nn.Module):
         self.query = nn.Linear(dim, heads * key_dim, bias=False)  # weight (H*2d, C)
         half_keys = torch.empty(2, heads, table.n_keys, self.half_dim)  # (2, H, n, d)
         self.half_keys = nn.Parameter(half_keys)
-        self.gate = nn.Linear(dim, table.dim, bias=False) if gate else None  # W1 (D, C)
+        self.gate = nn.Linear(dim, table.dim, bias=gate_open) if gate else None  # W1 (D, C)
         needs_out = gate or table.dim != dim
         self.out = nn.Linear(table.dim, dim, bias=False) if needs_out else None  # W2 (C, D)
         self.tables = [table]  # a list hides it from nn.Module: it belongs to the whole model
@@ -225,6 +227,9 @@ class ProductKeyMemory(nn.Module):
     def init_weights(self):
         """Half-keys U(-b, b) with b = 1/sqrt(key dim). The matrices are as nn.Linear draws them."""
         self.half_keys.uniform_(-1, 1).mul_((2 * self.half_dim) ** -0.5)  # (2, H, n, d)
+        if self.gate is not None and self.gate.bias is not None:
+            self.gate.weight.zero_()  # (D, C)
+            self.gate.bias.fill_(self.OPEN)  # (D,)
 
     def search(self, x):
         """Which slots each token reads, and how much of each.

@@ -46,6 +46,7 @@ class GPTConfig:
     mem_key_dim: int = setting(0, "full key dim, two halves; 0: n_embd / 2")
     mem_value_dim: int = setting(0, "D; 0: n_embd")
     mem_gate: bool = setting(True, "out = W2 (y * silu(W1 x)), Memory+")
+    mem_gate_open: bool = setting(False, "a gate with a bias that starts at 1: silu(W1 x + b)")
     mem_share: bool = setting(True, "one table for all memory layers")
     mem_dtype: str = setting("float32", "float32 | bfloat16: the table's values; "
                              "to train one takes 16 or 10 bytes a value")
@@ -101,6 +102,8 @@ class GPTConfig:
         if self.key_dim() < 2 or self.key_dim() % 2:
             raise ValueError(f"--mem-key-dim {self.key_dim()} is not an even number >= 2: "
                              f"a key is two halves, set --mem-key-dim")
+        if self.mem_gate_open and not (self.mem_gate and self.ffn == "memory"):
+            raise ValueError("--mem-gate-open is for --ffn memory with --mem-gate: leave it out")
         if not self.mem_balance >= 0:
             raise ValueError(f"--mem-balance {self.mem_balance} is not at least 0: raise it")
         if self.mem_balance and self.ffn != "memory":
@@ -284,6 +287,7 @@ def make_ffn(config, layer, table):
         return PEER(C, table, H, config.peer_topk(), config.key_dim(), config.qk_norm)
     return ProductKeyMemory(C, table, heads=H, topk=config.mem_topk, key_dim=config.key_dim(),
                             gate=config.mem_gate, qk_norm=config.qk_norm,
+                            gate_open=config.mem_gate_open,
                             balanced=config.mem_balance > 0)
 
 
@@ -351,12 +355,14 @@ class GPT(nn.Module):
         embedding     normal, std 0.02
         matrices      normal, std 1/sqrt(inputs)
         Those that write to the residual stream, experts too, are divided by sqrt(2 * n_layer), as
-        in nanoGPT. Norms are 1; values, half-keys and experts are as memory.py draws them.
+        in nanoGPT. Norms are 1; values, half-keys and experts are as memory.py draws them, and so
+        is an open gate.
         """
+        as_drawn = ("values", "gate.weight") if self.config.mem_gate_open else ("values",)
         for name, p in self.named_parameters():
             if name.startswith("wte"):  # the head too: a tied weight is listed once
                 p.normal_(std=0.02)  # (V, C)
-            elif p.dim() == 2 and not name.endswith("values"):
+            elif p.dim() == 2 and not name.endswith(as_drawn):
                 p.normal_(std=p.shape[1] ** -0.5)
             if name.endswith(("proj.weight", "out.weight", "experts_out")):
                 p.div_((2 * self.config.n_layer) ** 0.5)

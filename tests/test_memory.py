@@ -95,6 +95,7 @@ LAYERS = {
     "Memory, D != C": dict(gate=False, qk_norm=False, value_dim=5),
     "Memory, qk_norm": dict(gate=False),
     "Memory+": dict(),
+    "Memory+, gate with a bias": dict(gate_open=True),
     "Memory+, D != C": dict(value_dim=20, key_dim=10),
     "Memory+, every slot of a side": dict(topk=6, heads=1),
 }
@@ -136,7 +137,8 @@ def naive_token(layer, values, token):
             scores = scores / math.sqrt(len(q1))
         y = y + scores.softmax(0) @ values[slots]  # (D,)
     if layer.gate is not None:
-        y = y * F.silu(layer.gate.weight @ token)
+        bias = 0 if layer.gate.bias is None else layer.gate.bias  # (D,)
+        y = y * F.silu(layer.gate.weight @ token + bias)
     if layer.out is not None:
         y = layer.out.weight @ y  # (C,)
     return y
@@ -168,6 +170,7 @@ def test_layer_has_the_parameters_of_its_variant():
     assert shapes(gate=False, value_dim=5) == search | {"out.weight": (12, 5)}
     gated = {"gate.weight": (5, 12), "out.weight": (12, 5)}
     assert shapes(value_dim=5) == search | gated
+    assert shapes(value_dim=5, gate_open=True) == search | gated | {"gate.bias": (5,)}
     assert shapes(key_dim=10)["half_keys"] == (2, 3, 6, 5)
 
 
