@@ -189,8 +189,9 @@ class ProductKeyMemory(nn.Module):
     Memory+   both
 
     dim: C. table: a MemoryTable, which several layers may share. key_dim: of both halves together,
-    default C/2. gate_open: the gate has a bias, and starts at 1 for every x. balanced: keep in self.balance how uneven the half-keys were in the last forward of
-    training; GPT adds a little of it to the loss. Raises ValueError for sizes that cannot work.
+    default C/2. gate_open: the gate has a bias, and starts at 1 for every x. balanced: keep in
+    self.balance how uneven the half-keys were in the last forward of training; GPT adds a little of
+    it to the loss. Raises ValueError for sizes that cannot work.
     """
 
     OPEN = 1.2784645  # silu(OPEN) = 1

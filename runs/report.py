@@ -21,9 +21,9 @@ import textwrap
 import numpy as np
 
 from pictures import PICTURES, draw
-from results import (BALANCE, DENSE, EXPERTS, HALF_RATE, MAIN, NAMES, OWN, RATES, ROOT, SLOTS,
-                     STEPS, TAUGHT, TUNED, VARIANTS, by_size, collect, fit, flops, load, predicted,
-                     recall, recall_at, seeds, share_lost, spread, teaching, times,
+from results import (BALANCE, DEEP, DEEP_PARTS, DENSE, EXPERTS, HALF_RATE, MAIN, NAMES, OWN, RATES,
+                     ROOT, SLOTS, STEPS, TAUGHT, TUNED, VARIANTS, by_size, collect, fit, flops,
+                     load, predicted, recall, recall_at, seeds, share_lost, spread, teaching, times,
                      total_parameters, training_time, usage, values)
 
 from prepare_data import steady_output  # results.py has made the repository's scripts importable
@@ -137,6 +137,23 @@ def scaling_table(runs):
     rows = [[title, *size_and_results(runs, title, kind)]
             for title, kind in (DENSE | EXPERTS).items()]
     return markdown(["", *SIZES_HEAD], rows)
+
+
+def deep_table(runs):
+    """Memory+ and others in 8 blocks, beside those of three blocks."""
+    kinds = {f"{title}, 3 blocks": (title, MAIN[title]) for title in ("dense", "Memory", "Memory+")}
+    kinds |= {title: (title, kind) for title, kind in DEEP.items()}
+    rows = [[title, *size_and_results(runs, step, kind)] for title, (step, kind) in kinds.items()]
+    return markdown(["", *SIZES_HEAD], rows)
+
+
+def deep_tuning_table(runs):
+    """The rates that were tried in 8 blocks, on seed 1."""
+    rows = []
+    for title, kind in (DEEP | DEEP_PARTS).items():
+        second = None if kind == "deep-dense" else "value_lr"
+        rows += rates_and_results(title, second, tuned(runs, kind))
+    return markdown(TUNING_HEAD, rows)
 
 
 def usage_table(runs):
@@ -339,7 +356,8 @@ def main_text(runs):
     expect_rank(runs)
     expect(recall(runs, "facts-n256") > recall(runs, "facts-dense4"),
            "65,536 slots recall more than dense with 4 times the FLOPs")
-    once = spread([recall_at(result, 1) for result in seeds(runs, memory)], 2)
+    once = [statistics.mean(recall_at(result, 1) for result in seeds(runs, kind))
+            for kind in MAIN.values()]
 
     def bits(kind):
         return spread(values(runs, kind, "bits_per_param"), 3)
@@ -357,7 +375,8 @@ def main_text(runs):
         f"65,536 slots it is {times(runs, 'facts-n256', 'facts-dense2')} and "
         f"{times(runs, 'facts-n256', 'facts-dense4')}.",
         f"**The difference is in the long tail.** Facts that were read 64 times are known to all "
-        f"models. Of the facts that were read once all know few (Memory {once}).",
+        f"models. Of the facts that were read once all know few ({min(once):.2f} to "
+        f"{max(once):.2f}).",
         f"**Bits per parameter**: Memory stores {bits(memory)}, the dense model of the same "
         f"width, which is a sixth as large, {bits(dense)}, and dense with eight times the FLOPs, "
         f"which is larger than Memory, {bits('facts-dense208')}.")
@@ -376,7 +395,7 @@ def readme_text(runs):
         f"{times(runs, 'facts-moe', dense)} as many, PEER {times(runs, 'facts-peer', dense)}, "
         f"UltraMem {times(runs, 'facts-ultramem', dense)} and the hash "
         f"{times(runs, 'facts-hash', dense)}. The gain is in the long tail: all models "
-        f"know the facts that were read 64 times, and hardly any of those that were read once.")
+        f"know the facts that were read 64 times, and few of those that were read once.")
 
 
 def choosing_text(runs):
@@ -390,11 +409,11 @@ def choosing_text(runs):
     expect(all(recall(runs, f"{corpus}-hash") > recall(runs, f"{corpus}-memory")
                for corpus in ("facts", "single", "own-words", "own-bytes")), "the hash is ahead")
     return points(
-        "**Is it worth it?** If the model is to know facts about many things, and the tokens that "
-        "name them are shared, yes. If each thing has a token of its own, a memory layer adds "
+        "**Is it worth it?** If the tokens that name your subjects are shared, and each fact is "
+        "read often enough, yes. If each subject has a token of its own, a memory layer adds "
         "little ([names](#how-people-are-named), [real facts](#facts-of-the-real-world)). Try the "
-        "hash as well: it recalled more than Memory, and took less time, in every comparison but "
-        "one, that of names whose parts stand apart.",
+        "hash as well: its step is faster, and it recalled more than Memory in all comparisons but "
+        "that of names whose parts stand apart.",
         f"**How many slots?** As many as memory and time allow ([more slots](#more-slots)). With "
         f"{listed(per_100)} slots per 100 facts, recall is {listed(recalls)}.",
         f"**How many reads?** The default, 4 heads of 32 reads. With 8 reads instead of 32, recall "
@@ -409,11 +428,14 @@ def choosing_text(runs):
         f"differs: on real facts it was {factors[0]:.0f} with words and {factors[1]:.0f} with "
         f"bytes, for Memory+ {plus['value_lr'] / plus['learning_rate']:,.0f}.",
         f"**How many layers?** One, in the middle block of three. Two that share the table recall "
-        f"{runs['variant-two-layers']['recall']:.2f} with as many reads (one seed, not tuned).",
-        "**Gate and norm (Memory+)?** Not in so small a model. The paper finds them better in "
-        "models from 134 M parameters.",
-        "**Not tried**: memory layers at widths above 64 and in more than three blocks, ordinary "
-        "text, rates for each table size, a GPU.")
+        f"{runs['variant-two-layers']['recall']:.2f} with as many reads (one seed, not tuned). In "
+        f"8 blocks one layer recalls {recall(runs, 'deep-memory'):.2f}, and three that share the "
+        f"table {recall(runs, 'deep-three'):.2f}.",
+        "**Gate and norm (Memory+)?** Not in so small a model, be it [deeper]"
+        "(#memory-in-a-deeper-model) or not. The paper finds them better in models from 134 M "
+        "parameters.",
+        "**Not tried**: memory layers at widths above 64, ordinary text, rates for each table "
+        "size, a GPU.")
 
 
 def names_text(runs):
@@ -458,9 +480,9 @@ def own_text(runs):
         f"{in_bytes['dense']:.2f}, as guessing does ({guess:.2f}), Memory "
         f"{in_bytes['memory']:.2f} and MoE {in_bytes['moe']:.2f}.",
         f"**The hash is far ahead with bytes** ({in_bytes['hash']:.2f}), although three bytes name "
-        f"nobody. A likely reason, not tested: every group of letters has slots of its own from "
-        f"the first step, and the next block puts the groups together. Memory has to learn its "
-        f"queries first, and has {steps:,} steps for that.",
+        f"nobody. A likely reason, not tested: every group of letters has its own set of slots "
+        f"from the first step, and the next block puts the groups together. Memory has to learn "
+        f"its queries first, and has {steps:,} steps for that.",
         f"**With words, dense is not far behind**: it recalls {words['dense']:.2f}, Memory "
         f"{words['memory']:.2f}, MoE {words['moe']:.2f} and the hash {words['hash']:.2f}. Its "
         f"seeds differ widely: one of them recalls {worst:.2f}. Half its rate, 6e-3, gives "
@@ -489,17 +511,17 @@ def teach_text(runs):
     expect(mean["all-values-3"] <= 1.2 * mean["slots-4096"],
            "all values lose as little as the best number of slots")
     expect(mean["slots-1024"] > 2 * mean["slots-4096"], "few slots lose more")
+    ratio = mean["full-1e-4"] / mean["slots-4096"]
     few = statistics.mean(edit["after"][0] for edit in seeds(taught, "teach-slots-512"))
     return points(
         f"**The table learns at a small price.** With 4,096 slots {100 * mean['slots-4096']:.1f}% "
         f"of the old facts are lost, with the whole model {100 * mean['full-1e-4']:.0f}%. The "
-        f"ratio is 1 to {mean['full-1e-4'] / mean['slots-4096']:.0f}, at the rate of 1e-4. (The "
-        f"paper of the method finds 1 to 8, with other models and facts.) The unseen phrasing is "
-        f"learnt, too.",
+        f"ratio is about 1 to {round(ratio, -1):.0f}, at the rate of 1e-4. (The paper of the "
+        f"method finds 1 to 8, with other models and facts.) The unseen phrasing is learnt, too.",
         f"**Choosing slots does not help here.** All values lose as little "
         f"({100 * mean['all-values-3']:.1f}%). What helps is to leave the rest of the model alone. "
         f"A likely reason: sentences about new people read their own part of the table anyway.",
-        f"**Too few slots hurt.** 512 slots hold {100 * few:.0f} of the 100 facts. With 512 to "
+        f"**Too few slots hurt.** In 200 steps 512 slots learn {100 * few:.0f} facts. With 512 to "
         f"2,048, it takes more steps, and more of the old facts are lost.")
 
 
@@ -566,12 +588,12 @@ def slots_text(runs):
         "slots. Other sizes may do better with rates of their own.")
 
 
-def memory_as_large_as(runs, kind):
-    """Recall of a table model with the parameters of another kind of run.
+def memory_as_large_as(runs, kind, key="recall"):
+    """A number of a table model with the parameters of another kind of run.
 
     Between the two sizes that were measured around it, over the logarithm of the parameters.
     """
-    sizes, columns = by_size(runs, SLOTS.values(), total_parameters)
+    sizes, columns = by_size(runs, SLOTS.values(), total_parameters, key)
     size = total_parameters(seeds(runs, kind)[0])
     means = [statistics.mean(column) for column in columns]
     return float(np.interp(np.log(size), np.log(sizes), means))
@@ -604,7 +626,10 @@ def scaling_text(runs):
     few = flops(seeds(runs, "facts-n32")[0])
     many = flops(seeds(runs, "facts-n512")[0])
     sizes = list(SLOTS.values())
-    as_many_flops = [f"{flops(seeds(runs, kind)[0]) / few:.1f}" for kind in widths]
+    as_many_flops = []
+    for kind in widths:
+        of_memory = memory_as_large_as(runs, kind, "flops_per_token")
+        as_many_flops.append(f"{flops(seeds(runs, kind)[0]) / of_memory:.1f}")
     experts = [recall(runs, kind) for kind in EXPERTS.values()]
     tables = [recall(runs, kind) for kind in sizes[1:4]]
     expect(max(experts) < tables[0], "all mixtures recall less than the smallest of these tables")
@@ -619,10 +644,11 @@ def scaling_text(runs):
 
     return points(
         f"**At equal parameters**, {listed(in_millions)} M, dense recalls {two(dense)}, memory "
-        f"{two(memory)}. (Recall of memory is interpolated over the logarithm of the parameters.) "
+        f"{two(memory)}. (The numbers of memory are interpolated over the logarithm of the "
+        f"parameters.) "
         f"So with 0.4 M they are level, and then memory is ahead. A table of 1,024 slots, with "
-        f"0.2 M, recalls less than dense. The dense models take {listed(as_many_flops)} times the "
-        f"FLOPs of the smallest of these tables.",
+        f"0.2 M, recalls less than dense. The three dense models take {listed(as_many_flops)} "
+        f"times the FLOPs of memory.",
         f"**At about equal FLOPs**, {few / 1e6:.1f} to {many / 1e6:.1f} M, dense recalls "
         f"{recall(runs, 'facts-dense'):.2f} and memory {recall(runs, sizes[0]):.2f} to "
         f"{recall(runs, sizes[-1]):.2f}. {4 ** (len(SLOTS) - 1)} times the slots cost "
@@ -652,6 +678,47 @@ def scaling_text(runs):
         f"five tables.")
 
 
+def deep_text(runs):
+    one, three, plus, dense = [f"deep-{kind}" for kind in ("memory", "three", "plus", "dense")]
+    every = {kind: values(runs, kind, "recall") for kind in (one, three, plus, dense)}
+    shared = every[three] + every[plus]
+    expect(min(every[one]) > max(shared) and min(shared) > max(every[dense]),
+           "one layer recalls the most in every seed, dense the least")
+    apart = abs(recall(runs, three) - recall(runs, plus))
+    expect(apart < statistics.stdev(every[three]), "three layers and Memory+ are level")
+    expect(recall(runs, one) < recall(runs, "facts-memory"), "in 8 blocks Memory recalls less")
+    gain = recall(runs, dense) - recall(runs, "facts-dense")
+    expect(abs(gain) < statistics.stdev(every[dense]), "in 8 blocks dense recalls about as much")
+
+    def of(kind):
+        return spread(values(runs, kind, "recall"), 3)
+
+    loss = {name: run["val_loss"] for name, run in runs.items()}
+    opened = loss["deep-open-1"]
+    opened_slow = loss["tune-deep-open-1.5e-3-1.6e-1"]
+    slow = loss["deep-plus-1"]
+    fast = loss["tune-deep-plus-3e-3-1.6e-1"]
+    expect(opened < fast and opened_slow > slow, "the open gate is better at 3e-3 alone")
+    return points(
+        f"**Memory+ is not ahead here either.** Memory with one layer recalls {of(one)}, with "
+        f"three layers {of(three)}, Memory+ {of(plus)}, dense {of(dense)}. One layer is best in "
+        f"every seed. Memory with three layers and Memory+ are level, within the spread.",
+        "**Three layers are not three times the memory.** They share one table, which is as large "
+        "as that of the one layer, and two more MLPs are gone.",
+        f"**The start of the gate is not at fault.** `--mem-gate-open` starts it with W1 = 0 and a "
+        f"bias b for which silu(b) = 1, so that the layer begins as one without a gate. At the "
+        f"best rates of each, the validation loss is then {opened:.3f} instead of {slow:.3f}. At "
+        f"equal rates it is lower once ({opened:.3f} instead of {fast:.3f}, at 3e-3) and higher "
+        f"once ({opened_slow:.3f} instead of {slow:.3f}, at 1.5e-3). All of this is seed 1.",
+        f"**Nor are the gate and the norm.** At the rates of Memory+, the loss is "
+        f"{loss['deep-norm-1']:.3f} without the gate, {loss['deep-gate-1']:.3f} without the norm, "
+        f"{loss['tune-deep-three-1.5e-3-1.6e-1']:.3f} without both, and {slow:.3f} with both "
+        f"(seed 1).",
+        f"**More blocks do not help**: with three, Memory recalls {of('facts-memory')} and dense "
+        f"{of('facts-dense')}. The seeds of dense with 8 blocks differ widely. The best of them "
+        f"recalls {max(every[dense]):.3f}.")
+
+
 def usage_text(runs):
     without = [runs[name] for name in BALANCE["0"]]
     balanced = [runs[name] for name in BALANCE["0.01"]]
@@ -666,6 +733,8 @@ def usage_text(runs):
         numbers = [result[key] for result in without]
         change = statistics.mean(result[key] for result in balanced) - statistics.mean(numbers)
         expect(abs(change) < statistics.stdev(numbers), f"{key} is as without the loss")
+    gains = [other["recall"] - result["recall"] for result, other in zip(without, balanced)]
+    expect(gains[0] > 0 > max(gains[1:]), "only seed 1 gains")
     used = usage()
     before = used["facts-n512-1"]
     after = used["balance-1e-2-1"]
@@ -688,9 +757,9 @@ def usage_text(runs):
         f"step reads {of(balanced, 'memory_usage', 3)}, and {after['windows']:,} windows read "
         f"{after['read_by_windows']:.2f} (seed 1).",
         f"**Recall does not change**: {of(without, 'recall', 3)} without it, "
-        f"{of(balanced, 'recall', 3)} with it. Nor does the validation loss. Seed 1 gains most, "
-        f"and it is the worst of the three without the loss ({without[0]['recall']:.3f}). So the "
-        f"row of 0.1, which is seed 1 alone, shows no gain either.",
+        f"{of(balanced, 'recall', 3)} with it. Nor does the validation loss. Only seed 1 gains, "
+        f"the worst of the three without the loss ({without[0]['recall']:.3f}). The row of 0.1 is "
+        f"this seed alone, so its rise proves nothing.",
         f"**What it costs**: the half-scores are made a second time. Training takes "
         f"{training_time(runs, 'Memory, 262,144 slots, balanced', 'balance-1e-2')} times as long "
         f"as dense, without the loss {training_time(runs, '262,144', 'facts-n512')} times.")
@@ -711,8 +780,9 @@ def against_text(runs):
         f"({recall(runs, 'own-bytes-moe'):.3f} and {recall(runs, 'own-bytes-memory'):.3f}), the "
         f"hash {recall(runs, 'own-bytes-hash'):.3f}.",
         f"Memory+ recalls no more than Memory here ({recall(runs, 'facts-plus'):.3f} and "
-        f"{recall(runs, memory):.3f}), and needs a table rate {rate:.0f} times as high. The paper "
-        f"finds it better.",
+        f"{recall(runs, memory):.3f}), and needs a table rate {rate:.0f} times as high. With 8 "
+        f"blocks and three layers it recalls {recall(runs, 'deep-plus'):.3f}, Memory with one "
+        f"layer {recall(runs, 'deep-memory'):.3f}. The paper finds it better.",
         f"UltraMem, which has the richer scores, recalls less than Memory "
         f"({recall(runs, 'facts-ultramem'):.3f} and {recall(runs, memory):.3f}) and takes longer.",
         f"The step is slower on a CPU, so at equal time the gain over dense falls from "
@@ -731,8 +801,9 @@ TABLES = {
     "docs/results.md": [main_table, main_text, exposures_table, cost_table, choosing_text,
                         names_table, names_text, own_table, own_text, own_tuning_table,
                         tuning_table, tuning_text, slots_table, slots_text, scaling_table,
-                        scaling_text, usage_table, usage_text, reads_table, variants_table,
-                        bfloat16_table, teach_table, teach_text, against_text],
+                        scaling_text, deep_table, deep_text, deep_tuning_table, usage_table,
+                        usage_text, reads_table, variants_table, bfloat16_table, teach_table,
+                        teach_text, against_text],
     "docs/speed.md": [steps_table],
     "docs/parallel.md": [ranks_table],
 }

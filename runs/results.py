@@ -61,6 +61,18 @@ EXPERTS = {
     "MoE": "facts-moe",
     "MoE, as 65,536 slots": "facts-moe-n256",
 }
+# The kinds of runs/deep.sh, and those of which it has seed 1 alone.
+DEEP = {
+    "dense, 8 blocks": "deep-dense",
+    "Memory, one layer of 8": "deep-memory",
+    "Memory, three layers of 8": "deep-three",
+    "Memory+, three layers of 8": "deep-plus",
+}
+DEEP_PARTS = {
+    "Memory+ with a gate that starts open": "deep-open",
+    "Memory+ without the gate": "deep-norm",
+    "Memory+ without the norm": "deep-gate",
+}
 # The settings that runs/tune.sh tunes.
 RATES = ("learning_rate", "value_lr", "expert_lr")
 # Where assets/steps.json has another title for the same step.

@@ -63,8 +63,8 @@ finish() {
     done
 }
 
-# The same in two processes. Each has one CPU thread, or a GPU of its own. This is torchrun under its
-# other name.
+# The same in two processes. Each has one CPU thread, or a GPU of its own. This is torchrun under
+# its other name.
 run_by_two() {
     run_by "$python -m torch.distributed.run --standalone --nproc_per_node=2" "$@"
 }

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # A wider model, or more experts, instead of more slots? Dense models of two more widths, one of
-# them narrower, and mixtures of experts as large as the tables of 4,096 and of 65,536 slots. Three seeds, and on seed 1
-# the rates tried for the new widths. 17 runs, about an hour and a half on two cores. The other sizes
-# of the picture are runs of slots.sh and baselines.sh.
+# them narrower, and mixtures of experts as large as the tables of 4,096 and of 65,536 slots. Three
+# seeds, and on seed 1 the rates tried for the new widths. 17 runs, about an hour and a half on two
+# cores. The other sizes of the picture are runs of slots.sh and baselines.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/run.sh"
 
 for seed in 1 2 3; do

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # More slots: 1,024 to 262,144, beside dense models of three widths. And fewer reads. Three seeds.
-# 27 runs, of which baselines.sh shares 15. About an hour and a half on two cores. Then compare them.
+# 27 runs, of which baselines.sh shares 15. About an hour and a half on two cores. Then compare
+# them.
 source "$(dirname "${BASH_SOURCE[0]}")/run.sh"
 
 for seed in 1 2 3; do

@@ -21,8 +21,9 @@ import train
 RUNS = results.load()
 RESULTS = (ROOT / "docs" / "results.md").read_text("utf-8")
 PARALLEL = (ROOT / "docs" / "parallel.md").read_text("utf-8")
-SCRIPTS = ["baselines.sh", "names.sh", "tune.sh", "slots.sh", "scaling.sh", "balance.sh",
-           "variants.sh", "bfloat16.sh", "own_facts.sh FACTS.tsv PATTERNS.tsv", "two_ranks.sh"]
+SCRIPTS = ["baselines.sh", "names.sh", "tune.sh", "slots.sh", "scaling.sh", "deep.sh",
+           "balance.sh", "variants.sh", "bfloat16.sh", "own_facts.sh FACTS.tsv PATTERNS.tsv",
+           "two_ranks.sh"]
 
 
 def plain(text):
@@ -96,7 +97,8 @@ def test_a_sentence_that_no_longer_holds_is_refused():
 
 
 def test_every_kind_has_three_seeds():
-    for title, kind in (results.MAIN | results.SLOTS | results.DENSE | results.EXPERTS).items():
+    kinds = results.MAIN | results.SLOTS | results.DENSE | results.EXPERTS | results.DEEP
+    for title, kind in kinds.items():
         assert len(results.seeds(RUNS, kind)) >= 3, title
 
 

@@ -29,8 +29,8 @@ import time_steps
 RESULTS = (ROOT / "docs" / "results.md").read_text("utf-8")
 # Script: how many runs it makes.
 SCRIPTS = {"baselines.sh": 39, "names.sh": 18, "tune.sh": 44, "slots.sh": 27, "scaling.sh": 17,
-           "balance.sh": 7, "variants.sh": 5, "bfloat16.sh": 6, "teach.sh": 3, "two_ranks.sh": 3,
-           "tinystories.sh": 15,
+           "deep.sh": 25, "balance.sh": 7, "variants.sh": 5, "bfloat16.sh": 6, "teach.sh": 3,
+           "two_ranks.sh": 3, "tinystories.sh": 15,
            "own_facts.sh FACTS.tsv PATTERNS.tsv": 77}
 STUB = """#!/usr/bin/env bash
 echo "$@" >> "$CALLS"
@@ -139,7 +139,7 @@ def test_the_models_that_are_timed_are_those_of_the_runs(tmp_path):
     calls = {}
     for script in SCRIPTS:
         calls |= runs.trainings(script)
-    kinds = results.MAIN | results.DENSE | results.EXPERTS
+    kinds = results.MAIN | results.DENSE | results.EXPERTS | results.DEEP
     kinds |= {"Memory, K = 8": "facts-k8", "Memory+, bfloat16": "facts-bf16",
               "Memory, 262,144 slots, balanced": "balance-1e-2"}
     kinds |= {f"Memory, {slots} slots": kind for slots, kind in results.SLOTS.items()}
