@@ -705,12 +705,12 @@ def deep_text(runs):
         f"every seed. Memory with three layers and Memory+ are level, within the spread.",
         "**Three layers are not three times the memory.** They share one table, which is as large "
         "as that of the one layer, and two more MLPs are gone.",
-        f"**The start of the gate is not at fault.** `--mem-gate-open` starts it with W1 = 0 and a "
-        f"bias b for which silu(b) = 1, so that the layer begins as one without a gate. At the "
-        f"best rates of each, the validation loss is then {opened:.3f} instead of {slow:.3f}. At "
-        f"equal rates it is lower once ({opened:.3f} instead of {fast:.3f}, at 3e-3) and higher "
-        f"once ({opened_slow:.3f} instead of {slow:.3f}, at 1.5e-3). All of this is seed 1.",
-        f"**Nor are the gate and the norm.** At the rates of Memory+, the loss is "
+        f"**The start of the gate does not explain it** (one seed). `--mem-gate-open` starts it "
+        f"with W1 = 0 and a bias b for which silu(b) = 1, so that the layer begins as one without "
+        f"a gate. At the best rates of each, the validation loss is then {opened:.3f} instead of "
+        f"{slow:.3f}. At equal rates it is lower once ({opened:.3f} instead of {fast:.3f}, at "
+        f"3e-3) and higher once ({opened_slow:.3f} instead of {slow:.3f}, at 1.5e-3).",
+        f"**Nor do the gate and the norm.** At the rates of Memory+, the loss is "
         f"{loss['deep-norm-1']:.3f} without the gate, {loss['deep-gate-1']:.3f} without the norm, "
         f"{loss['tune-deep-three-1.5e-3-1.6e-1']:.3f} without both, and {slow:.3f} with both "
         f"(seed 1).",

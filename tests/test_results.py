@@ -133,6 +133,13 @@ def test_the_rivals_are_matched():
     assert mean("facts-dense48", "flops_per_token") == pytest.approx(0.6 * dense, rel=0.03)
 
 
+def test_the_memory_models_of_8_blocks_are_matched():
+    params = [RUNS[f"deep-{kind}-1"]["params"]["total"] for kind in ("memory", "three", "plus")]
+    assert max(params) <= 1.03 * min(params)
+    for kind in ("memory", "three", "plus"):
+        assert mean(f"deep-{kind}", "flops_per_token") <= mean("deep-dense", "flops_per_token")
+
+
 def test_the_mixtures_of_experts_are_as_large_as_the_tables():
     for experts, table in (("facts-moe-n64", "facts-n64"), ("facts-moe-n256", "facts-n256")):
         params = RUNS[f"{table}-1"]["params"]["total"]
