@@ -6,8 +6,9 @@ import statistics
 
 import numpy as np
 
-from results import (DENSE, EXPERTS, SLOTS, by_size, fit, fit_band, flops, predicted,
-                     recall_at, seeds, share_lost, teaching, total_parameters, usage, values)
+from results import (DENSE, EXPERTS, SLOTS, TEXT, TEXTS, TWICE, by_size, fit, fit_band, flops,
+                     predicted, recall_at, seeds, share_lost, teaching, text_time,
+                     total_parameters, usage, values)
 
 STYLE = {
     "font.size": 12,
@@ -114,6 +115,36 @@ def draw_own(runs, figure):
         ax.set_title(f"Real facts, {tokens} as tokens", loc="left")
     recall_axis(axes[0])
     axes[1].legend(loc="center right")
+
+
+def draw_text(runs, figure):
+    """Validation loss over training time, on two texts. A point for each seed.
+
+    A line joins the means of a kind with that of twice the steps.
+    """
+    kinds = {
+        "dense": (BLUE, "^"),
+        "MoE": (RED, "x"),
+        "Memory+": (PURPLE, "D"),
+        "Memory": (GREEN, "o"),
+        "hash": (ORANGE, "s"),
+    }
+    axes = figure.subplots(1, 2)
+    for ax, text in zip(axes, TEXTS):
+        for kind, (color, marker) in kinds.items():
+            titles = [title for title in (kind, kind + TWICE) if title in TEXT]
+            times = [text_time(runs, text, title) for title in titles]
+            columns = [values(runs, f"text-{text}-{TEXT[title]}", "val_loss") for title in titles]
+            x = np.repeat(times, [len(column) for column in columns])
+            ax.plot(x, np.concatenate(columns), marker, color=color, ms=6, label=kind)
+            ax.plot(times, mean_and_deviation(columns)[0], "--", color=color)
+        ax.set_xscale("log")  # as dense_for_as_long interpolates
+        ax.set_xticks([1, 1.5, 2, 2.5], ["1", "1.5", "2", "2.5"])
+        ax.minorticks_off()
+        ax.set_xlabel("training time, dense = 1")
+        ax.set_title(text, loc="left")
+    axes[0].set_ylabel("validation loss")
+    axes[1].legend()
 
 
 def draw_slots(runs, figure):
@@ -224,6 +255,7 @@ PICTURES = {
     "facts.png": (draw_facts, 6, 4.5),
     "slots.png": (draw_slots, 6, 4.5),
     "own_facts.png": (draw_own, 10, 4.5),
+    "text.png": (draw_text, 10, 4.5),
     "teach.png": (draw_teaching, 6, 4.5),
     "scaling.png": (draw_scaling, 10, 7),
     "usage.png": (draw_usage, 10, 4),

@@ -4,11 +4,13 @@
     teach.json    what runs/teach.sh found
     usage.json    how the runs of runs/balance.sh with seed 1 read their tables over training
     steps.json    how long a step of each kind takes: python tests/time_steps.py --study --json ...
+    text_steps.json    the same for the models of runs/text.sh
 
 Runs that differ by their seed alone have names that end in -1, -2, -3 and so on. They are one kind
 of run here: a number is their mean, and what follows ± is their standard deviation.
 """
 import json
+import math
 import re
 import statistics
 import sys
@@ -22,6 +24,7 @@ from prepare_data import reading
 
 FACTS = ROOT / "assets" / "facts.json"
 STEPS = ROOT / "assets" / "steps.json"
+TEXT_STEPS = ROOT / "assets" / "text_steps.json"
 TEACH = ROOT / "assets" / "teach.json"
 USAGE = ROOT / "assets" / "usage.json"
 OUT = ROOT / "out"
@@ -88,6 +91,18 @@ NAMES = {
 OWN = {"dense": "dense", "MoE": "moe", "hash": "hash", "Memory": "memory"}
 # Dense with words at half its rate, seeds 1 to 3.
 HALF_RATE = ("tune-own-words-dense-6e-3", "own-words-dense-6e-3-2", "own-words-dense-6e-3-3")
+# The kinds of runs/text.sh, each on two texts.
+TEXTS = ("stories", "web")
+TWICE = ", twice the steps"
+TEXT = {
+    "dense": "dense",
+    "dense" + TWICE: "dense-long",
+    "MoE": "moe",
+    "hash": "hash",
+    "Memory": "memory",
+    "Memory+": "plus",
+    "Memory+" + TWICE: "plus-long",
+}
 # What runs/teach.sh teaches with: the beginning of the names of its folders, and the title.
 TAUGHT = {
     "slots-512": "the values of 512 slots",
@@ -137,7 +152,7 @@ TUNED = {
 # ---- the files
 
 def read_assets(path):
-    """One of the files in assets/: name of a folder in out/ -> what was found there."""
+    """One of the files in assets/: name of a folder in out/, or title of a model -> a result."""
     with reading(path, "take it from the repository again"):
         found = json.loads(path.read_text("utf-8"))
         found.items()  # AttributeError if it is no dict
@@ -165,7 +180,7 @@ def result_of(folder):
     settings = json.loads((folder / "config.json").read_text("utf-8"))["settings"]
     for key in ("vocab_size", "block_size", "max_steps", *RATES):
         result[key] = settings[key]
-    result["recall"]  # KeyError if this is no result on the facts
+    result["val_loss"]  # KeyError if this is no result
     return result
 
 
@@ -256,16 +271,44 @@ def times(runs, kind, other):
     return f"{recall(runs, kind) / recall(runs, other):.1f} times"
 
 
-def training_time(runs, title, kind):
-    """How many times as long as the dense model of 5,000 steps this kind trains.
+def times_as_long(runs, title, kind, dense, steps):
+    """How many times as long as the kind `dense` this kind trains.
 
     From steps that were timed in turn, since the speed of a machine changes between whole runs.
+    title: of the kind in the file `steps`.
+    """
+    median = read_assets(steps)[title]["ratio"][1]
+    longer = seeds(runs, kind)[0]["max_steps"] / seeds(runs, dense)[0]["max_steps"]
+    return median * longer
+
+
+def training_time(runs, title, kind):
+    """How many times as long as the dense model of 5,000 steps this kind trains, as text.
+
     title: of the kind in a table here, or in assets/steps.json.
     """
-    steps = json.loads(STEPS.read_text("utf-8"))
-    median = steps[STEP_OF.get(title, title)]["ratio"][1]
-    longer = seeds(runs, kind)[0]["max_steps"] / seeds(runs, "facts-dense")[0]["max_steps"]
-    return f"{median * longer:.2f}"
+    return f"{times_as_long(runs, STEP_OF.get(title, title), kind, 'facts-dense', STEPS):.2f}"
+
+
+def text_time(runs, text, title):
+    """How many times as long as dense a kind of runs/text.sh trains. title: of TEXT."""
+    return times_as_long(runs, title.removesuffix(TWICE), f"text-{text}-{TEXT[title]}",
+                         f"text-{text}-dense", TEXT_STEPS)
+
+
+def text_loss(runs, text, title):
+    """The mean validation loss of a kind of TEXT on one of TEXTS."""
+    return statistics.mean(values(runs, f"text-{text}-{TEXT[title]}", "val_loss"))
+
+
+def dense_for_as_long(runs, text, time):
+    """About the mean loss of dense if it trained `time` times as long, from 1 to 2.
+
+    Interpolated between its runs of once and of twice the steps, over the logarithm of the time.
+    """
+    once = text_loss(runs, text, "dense")
+    twice = text_loss(runs, text, "dense" + TWICE)
+    return once + (twice - once) * math.log2(time)
 
 
 def share_lost(edit):

@@ -23,7 +23,7 @@ RESULTS = (ROOT / "docs" / "results.md").read_text("utf-8")
 PARALLEL = (ROOT / "docs" / "parallel.md").read_text("utf-8")
 SCRIPTS = ["baselines.sh", "names.sh", "tune.sh", "slots.sh", "scaling.sh", "deep.sh",
            "balance.sh", "variants.sh", "bfloat16.sh", "own_facts.sh FACTS.tsv PATTERNS.tsv",
-           "two_ranks.sh"]
+           "text.sh STORIES.txt WEB.txt", "two_ranks.sh"]
 
 
 def plain(text):
@@ -98,8 +98,10 @@ def test_a_sentence_that_no_longer_holds_is_refused():
 
 def test_every_kind_has_three_seeds():
     kinds = results.MAIN | results.SLOTS | results.DENSE | results.EXPERTS | results.DEEP
-    for title, kind in kinds.items():
-        assert len(results.seeds(RUNS, kind)) >= 3, title
+    kinds = [*kinds.values()]
+    kinds += [f"text-{text}-{kind}" for text in results.TEXTS for kind in results.TEXT.values()]
+    for kind in kinds:
+        assert len(results.seeds(RUNS, kind)) >= 3, kind
 
 
 def test_what_the_first_command_prints():
@@ -140,6 +142,17 @@ def test_the_memory_models_of_8_blocks_are_matched():
         assert mean(f"deep-{kind}", "flops_per_token") <= mean("deep-dense", "flops_per_token")
 
 
+def test_the_models_on_text_are_matched():
+    dense = RUNS["text-web-dense-1"]
+    memory = RUNS["text-web-memory-1"]["params"]["total"]
+    assert memory == pytest.approx(2.5 * dense["params"]["total"], rel=0.03)
+    for text in results.TEXTS:
+        for kind in ("moe", "hash", "memory", "plus", "plus-long"):
+            run = RUNS[f"text-{text}-{kind}-1"]
+            assert run["params"]["total"] == pytest.approx(memory, rel=0.03)
+            assert run["flops_per_token"] <= dense["flops_per_token"]
+
+
 def test_the_mixtures_of_experts_are_as_large_as_the_tables():
     for experts, table in (("facts-moe-n64", "facts-n64"), ("facts-moe-n256", "facts-n256")):
         params = RUNS[f"{table}-1"]["params"]["total"]
@@ -176,10 +189,12 @@ def test_more_slots_recall_more_in_every_seed():
 
 def test_the_best_rates_are_those_of_the_study():
     """Of all runs of a kind that differ in their rates, seed 1 of the study has the least loss."""
-    for kind, _ in results.TUNED.values():
-        best = RUNS[f"facts-{kind}-1"]
+    kinds = {kind: f"facts-{kind}-1" for kind, _ in results.TUNED.values()}
+    kinds |= {f"text-{text}-{kind}": f"text-{text}-{kind}-1" for text in results.TEXTS
+              for title, kind in results.TEXT.items() if not title.endswith(results.TWICE)}
+    for kind, in_study in kinds.items():
         tried = [run["val_loss"] for name, run in RUNS.items() if name.startswith(f"tune-{kind}-")]
-        assert best["val_loss"] < min(tried), kind
+        assert RUNS[in_study]["val_loss"] < min(tried), kind
 
 
 def test_the_goal_of_teaching():
@@ -260,7 +275,8 @@ def test_the_scripts_make_all_runs_of_the_results(script):
         flags = found[name]
         s, preset, resume, runs = train.read_settings(flags)
         run = RUNS[name]
-        assert (preset, resume, runs) == ("facts", False, None)
+        wanted = "tinystories" if "text-" in name else "facts"
+        assert (preset, resume, runs) == (wanted, False, None)
         assert (s.seed, s.ffn) == (run["seed"], run["ffn"])
         s.vocab_size = run["vocab_size"]
         s.block_size = run["block_size"]
@@ -321,13 +337,13 @@ def test_report_collects(assets):
         (folder / "log.jsonl").write_text('{"step": 8, "memory_usage": 0.5, "memory_kl": 0.25}\n')
         np.savez(folder / "reads.npz", windows=3, readers_0=np.array([0, 2, 1, 0]))
         if finished:
-            (folder / "result.json").write_text(json.dumps(dict(recall=0.25)))
+            (folder / "result.json").write_text(json.dumps(dict(val_loss=0.25)))
     (assets / "out" / "teach-1").mkdir()
     (assets / "out" / "teach-1" / "edit.json").write_text('{"teach": {"after": [1]}}')
     assert results.collect(assets / "out") == ["balance-1e-2-1", "teach-1"]
     assert results.load() == {
         "old-1": dict(recall=0.5),
-        "balance-1e-2-1": dict(recall=0.25, vocab_size=10, block_size=9, max_steps=8,
+        "balance-1e-2-1": dict(val_loss=0.25, vocab_size=10, block_size=9, max_steps=8,
                           learning_rate=1e-3, value_lr=1e-2, expert_lr=1e-3)}
     assert results.usage() == {"balance-1e-2-1": dict(steps=[8], usage=[0.5], kl=[0.25], windows=3,
                                                  read_by_windows=0.5)}

@@ -31,7 +31,7 @@ RESULTS = (ROOT / "docs" / "results.md").read_text("utf-8")
 SCRIPTS = {"baselines.sh": 39, "names.sh": 18, "tune.sh": 44, "slots.sh": 27, "scaling.sh": 17,
            "deep.sh": 25, "balance.sh": 7, "variants.sh": 5, "bfloat16.sh": 6, "teach.sh": 3,
            "two_ranks.sh": 3, "tinystories.sh": 15,
-           "own_facts.sh FACTS.tsv PATTERNS.tsv": 77}
+           "own_facts.sh FACTS.tsv PATTERNS.tsv": 77, "text.sh STORIES.txt WEB.txt": 83}
 STUB = """#!/usr/bin/env bash
 echo "$@" >> "$CALLS"
 """
@@ -98,7 +98,8 @@ def test_the_commands_of_a_script_parse(tmp_path, script):
             if compared:
                 assert len(compared) > 1
                 continue
-            assert preset == ("tinystories" if script == "tinystories.sh" else "facts")
+            is_text = script.startswith(("text.sh", "tinystories.sh"))
+            assert preset == ("tinystories" if is_text else "facts")
             # The data decides these.
             settings.vocab_size = 512
             settings.block_size = 9
@@ -151,12 +152,51 @@ def test_the_models_that_are_timed_are_those_of_the_runs(tmp_path):
         assert settings[0] == settings[1], title
 
 
-def test_own_facts_finds_its_tables_from_any_folder(tmp_path):
+def test_the_models_that_are_timed_on_text_are_those_of_the_runs(tmp_path):
+    """The command that docs/results.md gives times what text.sh trains, rates and seeds aside."""
+    calls = Runs(tmp_path).trainings("text.sh STORIES.txt WEB.txt")
+    command = re.search(r"tests/time_steps.py\s+(tinystories\s[^`]*)`", RESULTS)[1]
+    _, shared = time_steps.read_flags(shlex.split(command))
+    for title, kind in results.TEXT.items():
+        if title.endswith(results.TWICE):
+            continue
+        settings = [settings_of(calls[f"text-web-{kind}-1"].split("train.py ", 1)[1]),
+                    settings_of(shlex.join([*time_steps.KINDS[title], *shared]))]
+        for s in settings:
+            s.seed = s.out_dir = s.learning_rate = s.value_lr = s.expert_lr = None
+            s.max_steps = s.eval_windows = None
+        assert settings[0] == settings[1], title
+
+
+def prepared_by(runs, script):
+    runs.trainings(script)
+    return [call for call in runs.calls.read_text().splitlines() if "prepare_data.py" in call]
+
+
+def test_scripts_find_their_files_from_any_folder(tmp_path):
     runs = Runs(tmp_path)
-    runs.trainings("own_facts.sh FACTS.tsv PATTERNS.tsv")
-    prepared = [call for call in runs.calls.read_text().splitlines() if "prepare_data.py" in call]
+    facts = prepared_by(runs, "own_facts.sh FACTS.tsv PATTERNS.tsv")
     paths = f"--from-file {tmp_path}/FACTS.tsv {tmp_path}/PATTERNS.tsv "
-    assert len(prepared) == 2 and all(paths in call for call in prepared)
+    assert len(facts) == 2 and all(paths in call for call in facts)
+    stories, web = prepared_by(runs, "text.sh STORIES.txt WEB.txt")
+    assert f"prepare_data.py {tmp_path}/STORIES.txt " in stories
+    assert f"prepare_data.py {tmp_path}/WEB.txt " in web
+
+
+@pytest.mark.parametrize("script", ["own_facts.sh", "text.sh", "text.sh ONE.txt"])
+def test_scripts_ask_for_their_files(tmp_path, script):
+    process = Runs(tmp_path).start(script)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert re.fullmatch(r"\w+.sh: give two .*\n", errors)
+
+
+@pytest.mark.parametrize("script", ["own_facts.sh no/FACTS.tsv PATTERNS.tsv",
+                                    "text.sh no/STORIES.txt WEB.txt"])
+def test_scripts_stop_if_a_folder_is_missing(tmp_path, script):
+    runs = Runs(tmp_path)
+    assert runs.trainings(script, status=1) == {}
+    assert not runs.calls.read_text()
 
 
 def test_several_runs_at_a_time(tmp_path):
