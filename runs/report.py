@@ -591,11 +591,10 @@ def text_text(runs):
         expect(max(mean[text][title] for title in others) < mean[text]["dense"],
                f"on {text} the other three are ahead of dense")
 
-        expect(all(max(of_seeds[text][title]) > min(of_seeds[text]["dense"])
-                   for title in ("Memory", "Memory+")),
-               f"on {text} the seeds of Memory and Memory+ overlap those of dense")
         worst = {title: max(numbers) for title, numbers in of_seeds[text].items()}
         best = {title: min(numbers) for title, numbers in of_seeds[text].items()}
+        expect(min(worst["Memory"], worst["Memory+"]) > best["dense"],
+               f"on {text} the seeds of Memory and Memory+ overlap those of dense")
         expect((worst["MoE"] > best["dense"]) == (text == "stories"),
                "the seeds of MoE and dense overlap on stories only")
         expect((worst["Memory+" + TWICE] > best["dense" + TWICE]) == (text == "stories"),
@@ -934,7 +933,7 @@ def against_text(runs):
         f"On real facts with bytes as tokens, a mixture of experts recalls no less than Memory "
         f"({recall(runs, 'own-bytes-moe'):.3f} and {recall(runs, 'own-bytes-memory'):.3f}), the "
         f"hash {recall(runs, 'own-bytes-hash'):.3f}.",
-        f"On ordinary text the hash is far ahead of all others (a loss of "
+        f"On ordinary text the hash is far ahead of all others at equal tokens (a loss of "
         f"{text_loss(runs, 'web', 'hash'):.2f} on web pages; dense "
         f"{text_loss(runs, 'web', 'dense'):.2f}, Memory {text_loss(runs, 'web', 'Memory'):.2f}). "
         f"At equal time no other layer is ahead of dense by more than the spread.",
