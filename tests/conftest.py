@@ -17,6 +17,24 @@ def pytest_configure(config):
         "filterwarnings", "ignore:Sparse (CSR tensor support|invariant checks)")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def draw():
+    """train.draw. While the tests run, it draws no curves.png: that takes longer than their runs.
+
+    -> what draws them nevertheless.
+    """
+    import train
+    original = train.draw
+
+    def draw_others(folders, path):
+        if Path(path).name != "curves.png":
+            original(folders, path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "draw", draw_others)
+        yield original
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """A tiny corpus of facts, to be read only."""

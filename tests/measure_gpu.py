@@ -378,8 +378,11 @@ def small_run(job):
     return [str(flag) for flag in flags], steps
 
 
+TABLE_DTYPES = ("float32", "bfloat16")
+
+
 def runs(job):
-    for dtype in ("float32", "bfloat16"):
+    for dtype in TABLE_DTYPES:
         job.check(f"resume after kill -9, {dtype} table", check_resume, job, dtype)
     job.check("one rank with a sliced table", check_one_rank, job)
     job.check("no C compiler", check_no_compiler, job)

@@ -271,12 +271,11 @@ def test_a_sentence_that_is_too_long_is_left_out(folder, capsys):
     assert facts["has_unseen"].tolist() == [False, True, True]
 
 
-def test_a_run_learns_and_answers(folder, capsys, monkeypatch):
+def test_a_run_learns_and_answers(folder, capsys):
     """From the tables to the answer, with facts that have no control and no unseen phrasing."""
     header, capital, _, _, founder = PATTERNS.splitlines()
     (folder / "p.tsv").write_text("\n".join((header, capital, founder)))
     assert make(folder, "--control", "0") == 0
-    monkeypatch.setattr(train, "draw", lambda folders, path: None)
     out = folder / "run"
     small = ("--max-steps 60 --warmup-steps 5 --batch-size 16 --n-layer 2 --n-embd 32 --n-head 2 "
              "--mem-layers 1 --mem-n-keys 16 --mem-topk 4 --mem-heads 2 --device cpu").split()

@@ -6,14 +6,12 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from test_parallel import launch
 from test_train import TINY, check_same_run, exit_code, in_child, run_slowly
 
 import train
@@ -447,9 +445,7 @@ def test_two_ranks_train_as_one(kind, tolerance, data, tmp_path):
     """A mixture keeps the experts of each rank equally busy, so it is a little different."""
     command = [*TINY, "--data", str(data), "--ffn", kind]
     assert train.main([*command, "--out-dir", str(tmp_path / "one")]) == 0
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                    "--nproc_per_node=2", "train.py", *command, "--out-dir", tmp_path / "two"],
-                   cwd=Path(__file__).resolve().parents[1], check=True, capture_output=True)
+    launch(train.main, 2, [*command, "--out-dir", str(tmp_path / "two")], tmp_path)
     one, two = (json.loads((tmp_path / name / "result.json").read_text())
                 for name in ("one", "two"))
     assert abs(one["val_loss"] - two["val_loss"]) < tolerance * one["val_loss"]

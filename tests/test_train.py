@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from test_parallel import launch
 
 import kernel
 import time_steps
@@ -44,10 +45,12 @@ def flags(data, out, *more):
 
 
 @pytest.fixture(scope="module")
-def whole(data, tmp_path_factory):
-    """A run that nothing interrupted. Tests read it only."""
+def whole(data, draw, tmp_path_factory):
+    """A run that nothing interrupted, with its picture. Tests read it only."""
     out = tmp_path_factory.mktemp("out") / "whole"
-    assert train.main(flags(data, out, "--dropout", "0.1")) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "draw", draw)
+        assert train.main(flags(data, out, "--dropout", "0.1")) == 0
     return out
 
 
@@ -842,8 +845,11 @@ def test_two_ranks_and_accumulation_give_the_run_of_one(dtype, loss_tolerance, d
     start_script(flags(data, one, *more), tmp_path)
     more += ["--micro-batch-size", "4"]
     assert train.main(flags(data, micro, *more)) == 0
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    start_script(flags(data, two, *more), tmp_path, torchrun)
+    if dtype == "float32":
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        start_script(flags(data, two, *more), tmp_path, torchrun)
+    else:
+        launch(train.main, 2, flags(data, two, *more), tmp_path)
 
     one_weights = weights(one)
     for run in (micro, two):

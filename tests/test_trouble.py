@@ -857,9 +857,10 @@ def test_one_command_line_starts_goes_on_and_ends(here, capfd):
 def test_a_rank_leaves_when_torchrun_is_gone(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     old = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    monkeypatch.setattr(os, "getppid", lambda: 4321)
     stop = train.StopRequest()
     assert not stop
-    monkeypatch.setattr(os, "getppid", lambda: 1)
+    monkeypatch.setattr(os, "getppid", lambda: 1)  # whoever takes in the children of the dead
     assert stop
     for name, handler in old.items():
         signal.signal(name, handler)
