@@ -822,9 +822,10 @@ def test_a_run_with_an_unknown_setting_is_refused(stopped, data, tmp_path, capfd
     assert (out / "ckpt.pt").read_bytes() == before
 
 
-def start_script(args, folder, launcher=()):
-    """Run train.py as its users do, in a folder that is not its own."""
-    command = [sys.executable, *launcher, str(ROOT / "train.py"), *args]
+def start_torchrun(args, folder):
+    """Run train.py in two ranks as its users do, in a folder that is not its own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               str(ROOT / "train.py"), *args]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=120,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
@@ -842,12 +843,11 @@ def test_two_ranks_and_accumulation_give_the_run_of_one(dtype, loss_tolerance, d
     micro = tmp_path / "micro"
     two = tmp_path / "two"
     more = ["--max-steps", "12", "--mem-dtype", dtype]
-    start_script(flags(data, one, *more), tmp_path)
+    assert train.main(flags(data, one, *more)) == 0
     more += ["--micro-batch-size", "4"]
     assert train.main(flags(data, micro, *more)) == 0
     if dtype == "float32":
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        start_script(flags(data, two, *more), tmp_path, torchrun)
+        start_torchrun(flags(data, two, *more), tmp_path)
     else:
         launch(train.main, 2, flags(data, two, *more), tmp_path)
 

@@ -10,6 +10,7 @@ import errno
 import inspect
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -548,10 +549,27 @@ def test_a_terminal_that_lacks_characters(here):
         ["tests/measure_gpu.py", "--report", str(here / "nosuch.json")],
     ]
     for command in commands:
-        done = subprocess.run([sys.executable, ROOT / command[0], *command[1:]],
-                              capture_output=True, env=os.environ | {"PYTHONIOENCODING": "cp932"})
-        assert done.returncode == 0, done.stderr
-        assert done.stderr == b""
+        code = exit_code(in_child(as_script, ROOT / command[0], command[1:], here, "cp932"))
+        assert (here / "stderr").read_bytes() == b""
+        assert (here / "stdout").read_bytes()
+        assert code == 0
+
+
+def as_script(path, argv, folder, encoding):
+    """Run a script in this process, as python would -> its exit status.
+
+    What it prints goes to the files stdout and stderr of the folder.
+    """
+    for name in ("stdout", "stderr"):
+        setattr(sys, name, open(folder / name, "w", encoding=encoding))
+    sys.argv = [str(path), *argv]
+    sys.path.insert(0, str(path.parent))
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        sys.stdout.flush()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -857,6 +875,7 @@ def test_one_command_line_starts_goes_on_and_ends(here, capfd):
 def test_a_rank_leaves_when_torchrun_is_gone(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     old = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    monkeypatch.setattr(train, "PARENT", 4321)  # not 1, as it is where these tests are started by 1
     monkeypatch.setattr(os, "getppid", lambda: 4321)
     stop = train.StopRequest()
     assert not stop
