@@ -30,6 +30,9 @@ def run_here(name, out):
     return [json.loads(line) for line in lines]
 
 
+PYTHON = Job.python
+
+
 def train_here(job, script, *argv, **environment):
     """Job.python, where a training run does not need a process of its own."""
     if script != "train.py":
@@ -39,9 +42,6 @@ def train_here(job, script, *argv, **environment):
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         code = train.main([str(word) for word in argv])
     return subprocess.CompletedProcess(argv, code, stdout.getvalue(), stderr.getvalue())
-
-
-PYTHON = Job.python
 
 
 @pytest.mark.slow
