@@ -18,20 +18,21 @@ def pytest_configure(config):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def draw():
-    """train.draw. While the tests run, it draws no curves.png: that takes longer than their runs.
+def original_draw():
+    """Keep train.draw from drawing curves.png, in this process and its forks.
 
-    -> what draws them nevertheless.
+    To draw one takes longer than the runs of the tests. Yields the function that draws all, for the
+    tests of drawing.
     """
     import train
     original = train.draw
 
-    def draw_others(folders, path):
+    def draw_all_but_curves(folders, path):
         if Path(path).name != "curves.png":
             original(folders, path)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "draw", draw_others)
+        patch.setattr(train, "draw", draw_all_but_curves)
         yield original
 
 

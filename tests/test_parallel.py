@@ -2,7 +2,8 @@
 Parallel memory: a table in slices over ranks is the table in one piece.
 
 The ranks are 2 or 4 processes that talk through gloo. They are forked, so that none of them has to
-import torch again.
+import torch again. That is safe, because conftest.py allows torch one thread and nothing here
+touches a GPU.
 
 P ranks share a table · N tokens · R slots read per token · D value dim
 """
@@ -242,7 +243,7 @@ def job_train_and_hang(args):
 def rank_main(job, job_input, environment, output):
     """This process is one rank: do a job, with all that is printed in a file, and leave."""
     os.environ |= environment
-    sys.stdout = sys.stderr = open(output, "w", encoding="utf-8")
+    sys.stdout = sys.stderr = open(output, "w", buffering=1, encoding="utf-8")
     for descriptor in (1, 2):
         os.dup2(sys.stdout.fileno(), descriptor)
     code = 1
@@ -256,38 +257,44 @@ def rank_main(job, job_input, environment, output):
 
 # ---- starting ranks
 
-def start(job, world, job_input, folder, kill_others=False):
+LONGEST = 150  # seconds that ranks may take
+
+
+def run_ranks(job, world, job_input, folder, wait_for=None):
     """Run job(job_input) in a process for each rank until it ends -> their (exit code, output).
 
-    folder: where their output goes. kill_others: once rank 0 has ended.
+    folder: where their output goes. wait_for: so many ranks, the first ones, are waited for, and
+    the others are killed then. None: all are waited for.
     """
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     fork = multiprocessing.get_context("fork")
+    deadline = time.monotonic() + LONGEST
     ranks = []
-    for rank in range(world):
-        environment = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
-                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        output = folder / f"output-{rank}of{world}.txt"
-        process = fork.Process(target=rank_main, args=(job, job_input, environment, output))
-        process.start()
-        ranks.append((process, output))
     try:
-        for rank, (process, _) in enumerate(ranks):
-            if kill_others and rank > 0:
-                process.kill()
-            process.join(timeout=150)
+        for rank in range(world):
+            environment = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+                               MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            output = folder / f"output-{rank}of{world}.txt"
+            output.touch()
+            process = fork.Process(target=rank_main, args=(job, job_input, environment, output))
+            process.start()
+            ranks.append((process, output))
+        for process, _ in ranks[:wait_for]:
+            process.join(max(0, deadline - time.monotonic()))
     finally:
         for process, _ in ranks:
             process.kill()
+            process.join()
     return [(process.exitcode, output.read_text("utf-8")) for process, output in ranks]
 
 
 def launch(job, world, job_input, folder):
-    """The same, and all must end well."""
-    done = start(job, world, job_input, folder)
-    assert all(code == 0 for code, _ in done), "\n".join(text for _, text in done)
+    """run_ranks, and fail with what they printed unless all exit with 0."""
+    done = run_ranks(job, world, job_input, folder)
+    told = [f"rank {rank}: exit code {code}\n{text}" for rank, (code, text) in enumerate(done)]
+    assert all(code == 0 for code, _ in done), "\n".join(told)
 
 
 # ---- the layer and its optimizer: against one process
@@ -586,6 +593,7 @@ def test_a_stopped_launch_says_so_and_goes_on(stop, data, tmp_path):
     try:
         deadline = time.monotonic() + 60
         while not (out / "ckpt.pt").exists() and time.monotonic() < deadline:
+            assert torchrun.poll() is None, torchrun.communicate()
             time.sleep(0.05)
         time.sleep(0.2 * random.random())
         stop(torchrun)
@@ -611,7 +619,7 @@ def test_a_stopped_launch_says_so_and_goes_on(stop, data, tmp_path):
 @pytest.mark.slow
 def test_a_rank_that_hangs_is_waited_for_no_longer_than_the_timeout(data, tmp_path):
     args = [*TINY, "--data", str(data), "--out-dir", str(tmp_path / "run")]
-    done = start(job_train_and_hang, 2, args, tmp_path, kill_others=True)
+    done = run_ranks(job_train_and_hang, 2, args, tmp_path, wait_for=1)
     code, text = done[0]
     assert code == 1
     assert "rank 0 lost the others" in text

@@ -45,11 +45,11 @@ def flags(data, out, *more):
 
 
 @pytest.fixture(scope="module")
-def whole(data, draw, tmp_path_factory):
+def whole(data, original_draw, tmp_path_factory):
     """A run that nothing interrupted, with its picture. Tests read it only."""
     out = tmp_path_factory.mktemp("out") / "whole"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "draw", draw)
+        patch.setattr(train, "draw", original_draw)
         assert train.main(flags(data, out, "--dropout", "0.1")) == 0
     return out
 
