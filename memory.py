@@ -1,6 +1,6 @@
 """
-A memory layer stands in the place of a transformer's MLP. Each token looks up the K of S trained
-slots whose keys fit its query best, and gets the weighted sum of their values:
+A memory layer replaces a transformer's MLP. Each token looks up the K of S trained slots whose keys
+fit its query best, and gets the weighted sum of their values:
 
     s = softmax(top-K scores)        y = sum over the K slots of s * value
 
@@ -10,27 +10,18 @@ touches R*D of them, R = heads * K: it adds memory, hardly any compute. Two idea
     product keys      The S = n*n keys are never built. A key is a pair of half-keys, so 2n dot
                       products find the best of n*n slots. See product_key_topk.
     a shared table    One table of values serves all memory layers of a model (MemoryTable). Each
-                      layer has its own way of asking it (ProductKeyMemory).
+                      layer has its own queries and half-keys (ProductKeyMemory).
 
-To put a layer into a model of your own:
+To put a layer into a model of your own, copy this file and kernel.py:
 
-    table = MemoryTable(n_keys=128, dim=256)            # 16,384 slots; register it in your model
-    layer = ProductKeyMemory(256, table)                # x (B, T, 256) -> (B, T, 256)
+    table = MemoryTable(n_keys=128, dim=256)    # S = 16,384, D = 256; register it in your model
+    layer = ProductKeyMemory(256, table)        # C = 256: x (..., 256) -> (..., 256)
 
-Its rivals stand below it. Each adds parameters, and hardly any compute, in another way:
+Over several ranks the table is cut into slices along D: see "parallel memory" below. Other layers
+that add parameters without compute are in support/rivals.py.
 
-                      how slots are found        how they are weighed     what is read
-    ProductKeyMemory  by a query                 softmax of the scores    a value
-    UltraMem          by two queries, combined   the score itself         a value, in one of 4 ways
-    HashedMemory      by a hash of the tokens    softmax of a gate        a value
-    PEER              by a query                 softmax of the scores    a neuron: two vectors
-    MixtureOfExperts  by a router over all       softmax of the router    a small MLP
-
-Over several ranks the table is cut into slices along D: see "parallel memory" below.
-
-B, T, C batch, tokens, channels · N = B*T · H heads · K slots read per head · R = H*K
+B, T, C batch, tokens, channels · N tokens, B*T · H heads · K slots read per head · R = H*K
 n half-keys per side · S = n*n slots · D value dim · d half-key dim · P ranks that share one table
-E experts, of h hidden units each
 """
 import math
 
@@ -45,37 +36,42 @@ from kernel import gather, topk_sums
 
 
 def half_key_scores(queries, half_keys):
-    """The dot products. queries (N, H, 2, d), half_keys (2, H, n, d) -> (2, H, N, n)."""
+    """The dot product of each half of a query with every half-key of its side.
+
+    queries (N, H, 2, d), half_keys (2, H, n, d) -> (2, H, N, n).
+    """
     return queries.permute(2, 1, 0, 3) @ half_keys.transpose(-1, -2)
+
+
+def brute_force_topk(queries, half_keys, K):
+    """The definition: score all n*n slots, take the K best. For tests and for reading."""
+    left, right = torch.einsum("nhsd,shkd->snhk", queries, half_keys)  # (N, H, n) both
+    sums = left[..., :, None] + right[..., None, :]  # (N, H, n, n)
+    return sums.flatten(-2).topk(K, dim=-1)  # (N, H, K) both
 
 
 def product_key_topk(queries, half_keys, K):
     """The K slots whose product keys score highest (product keys, arXiv 1907.05242).
 
     The key of slot i*n + j is (half_keys[0, h, i], half_keys[1, h, j]), and its score with a query
-    is the sum of two dot products, one for each half.
+    is the sum of two dot products, one for each half. Which sums are largest is found by
+    kernel.topk_sums. Its ten lines are kernel.topk_sums_reference: the K best half-keys of each
+    side, then the K best of their few candidate sums.
 
     queries (N, H, 2, d), half_keys (2, H, n, d), of one dtype -> scores (N, H, K), largest first,
     and slots (N, H, K) int32 in [0, n*n). Exact. Raises ValueError if K > n.
     """
-    scores = half_key_scores(queries, half_keys)  # (2, H, N, n)
-    best, slots = topk_sums(scores, K)  # (H, N, K) both
-    return best.transpose(0, 1), slots.transpose(0, 1)  # (N, H, K) both
-
-
-def brute_force_topk(queries, half_keys, K):
-    """The definition of product_key_topk: score all n*n slots. For tests and for reading."""
-    left, right = torch.einsum("nhsd,shkd->snhk", queries, half_keys)  # (N, H, n) both
-    every = left[..., :, None] + right[..., None, :]  # (N, H, n, n)
-    return every.flatten(-2).topk(K, dim=-1)  # (N, H, K) both
+    half_scores = half_key_scores(queries, half_keys)  # (2, H, N, n)
+    scores, slots = topk_sums(half_scores, K)  # (H, N, K) both
+    return scores.transpose(0, 1), slots.transpose(0, 1)  # (N, H, K) both
 
 
 def unevenness(scores):
-    """How unevenly the tokens like the half-keys: scores (2, H, N, n) -> a number >= 0.
+    """How unevenly the half-keys are used: scores (2, H, N, n) -> a number >= 0, in nats.
 
     log n minus the entropy of p, the mean over the tokens of softmax(scores): 0 if all half-keys
-    are liked the same, log n if one is. The softmax is over all n, so that it gives a gradient to
-    half-keys that nobody reads, too (the entropy loss of vector quantization, arXiv 2310.05737).
+    are used equally, log n if only one is. The softmax is over all n, so unread half-keys get a
+    gradient, too (the entropy loss of vector quantization, arXiv 2310.05737).
     """
     p = scores.float().softmax(dim=-1).mean(dim=2)  # (2, H, n)
     return math.log(p.shape[-1]) - torch.special.entr(p).sum(dim=-1).mean()
@@ -93,8 +89,8 @@ class MemoryTable(nn.Module):
     (the gradient and AdamW's two moments included), and autograd makes a gradient of the table's
     size for each layer that reads it.
     bfloat16, or over several ranks: values has no .grad. The gather adds the gradients of all
-    layers to `grad_sum` in place. train.TableAdamW makes grad_sum and steps the values with it;
-    without it they do not train.
+    layers to `grad_sum` in place. support.table_adamw.TableAdamW makes grad_sum and updates the
+    values from it; under any other optimizer they do not train.
 
     mesh: a torch DeviceMesh ("replica", "slice") of several ranks. The P ranks along "slice" hold
     D/P dims of every slot each. Raises ValueError if P does not divide dim.
@@ -122,7 +118,7 @@ class MemoryTable(nn.Module):
         read_weight = torch.zeros(n_keys**2, dtype=torch.int64)  # (S,)
         self.register_buffer("read_weight", read_weight, persistent=False)
         self.counting = False
-        self.record = None  # a list: read() adds to it what it is asked for
+        self.record = None  # a list: count_reads adds to it all slots and weights
         self.init_weights()
 
     @torch.no_grad()
@@ -151,8 +147,8 @@ class MemoryTable(nn.Module):
             self.record.append((slots.detach(), weights.detach()))
         if not self.counting:
             return
-        # In units of 2^-24. Integers have one sum, whatever the order and the device. Rounded up,
-        # so that a read with a tiny weight is a read. Without its sign: UltraMem's may be negative.
+        # Integers, in units of 2^-24: their sum depends on no order and no device. ceil: a tiny
+        # weight still counts as a read. abs: UltraMem's weights may be negative.
         share = (weights.detach().float().abs() * 2**24).ceil().long()  # (N, R)
         self.read_weight.index_add_(0, slots.reshape(-1), share.reshape(-1))
 
@@ -172,15 +168,96 @@ class MemoryTable(nn.Module):
         weight = self.read_weight.cpu().double()  # (S,)
         share = (weight > 0).double().mean().item()
         p = weight / weight.sum().clamp(min=1)  # (S,)
-        ratio = (p * len(p)).clamp(min=1e-300)  # (S,), relative to uniform; unread slots add 0
-        return share, (p * ratio.log()).sum().item()
+        return share, torch.xlogy(p, p * len(p)).sum().item()  # relative to uniform
+
+
+# ---- the interface to a GPT: skip it at first
+
+
+@torch.no_grad()
+def draw_matrix(weight, divisor=1.0):
+    """A matrix (outputs, inputs): normal, std 1/sqrt(inputs), divided by `divisor`. In place."""
+    weight.normal_(std=weight.shape[1] ** -0.5).div_(divisor)
+
+
+class Layer(nn.Module):
+    """What can replace a transformer's MLP: x (B, T, C) -> (B, T, C).
+
+    Besides its forward, a layer describes itself to the model, the optimizer and the pictures. The
+    defaults suit a layer made of plain matrices; a kind of layer overrides what differs. It must
+    have from_config and init_weights. A layer with a table sets self.tables and self.reads, and
+    reads with table.read, or calls table.count_reads.
+    """
+
+    # [its MemoryTable], if it reads one. The list hides it from nn.Module: the table is registered
+    # once, by the whole model.
+    tables = ()
+    reads = 0  # R, the rows of the table that a token reads
+    wants_tokens = False  # whether it is called as layer(x, tokens), see model.Block
+    can_be_sliced = False  # whether its table can be cut into slices over ranks
+    balance = None  # after a forward in training: a loss that keeps the use of its parts even
+    balance_weight = 0.0  # how much of that the model adds to its loss
+
+    @property
+    def table(self):
+        """The MemoryTable that it reads."""
+        return self.tables[0]
+
+    @classmethod
+    def check(cls, config):
+        """Raise ValueError, in one line, if a model.GPTConfig asks for what cannot work."""
+
+    @classmethod
+    def make_table(cls, config, mesh=None):
+        """The table that a layer of a model.GPTConfig reads, or None. mesh: see MemoryTable."""
+
+    @classmethod
+    def from_config(cls, config, block, table):
+        """The layer of a model.GPTConfig in block number `block`. table: from make_table."""
+        raise NotImplementedError
+
+    @classmethod
+    def label(cls, config):
+        """What a picture calls a model of these settings."""
+        return cls.__name__
+
+    def init_weights(self, divisor):
+        """Draw its weights for a GPT. What writes to the residual stream is divided by divisor."""
+        raise NotImplementedError
+
+    def param_counts(self):
+        """Its own parameters by what they do, the table's left out -> {"dense": number, ...}."""
+        return dict(dense=sum(p.numel() for p in self.parameters()))
+
+    def active_params(self):
+        """How many of its own parameters one token uses."""
+        return sum(self.param_counts().values())
+
+    def numbers_read(self):
+        """Numbers that one token reads from the table: R rows of D."""
+        return self.reads * self.table.dim if self.tables else 0
+
+    def flops_per_token(self):
+        """FLOPs to train on one token: 6 for each weight or number read that it is multiplied with.
+
+        What a search does with its scores is not counted.
+        """
+        multiplied = sum(p.numel() for p in self.parameters() if p.dim() > 1)
+        return 6 * (multiplied + self.numbers_read())
+
+    def parameter_groups(self):
+        """For the optimizer: [(parameters, weight decay or not, name of the setting of their rate)]
+        """
+        matrices = [p for p in self.parameters() if p.dim() == 2]
+        rest = [p for p in self.parameters() if p.dim() != 2]
+        return [(matrices, True, "learning_rate"), (rest, False, "learning_rate")]
 
 
 # ---- the layer
 
 
-class ProductKeyMemory(nn.Module):
-    """A memory layer, in place of a block's MLP: x (B, T, C) -> (B, T, C).
+class ProductKeyMemory(Layer):
+    """A memory layer, in place of a block's MLP: x (..., C) -> (..., C).
 
     Memory    y = sum over heads of softmax(top-K scores) @ values
     gate      W2 (y * silu(W1 x)); without it W2 y if D != C
@@ -190,11 +267,12 @@ class ProductKeyMemory(nn.Module):
 
     dim: C. table: a MemoryTable, which several layers may share. key_dim: of both halves together,
     default C/2. gate_open: the gate has a bias, and starts at 1 for every x. balanced: keep in
-    self.balance how uneven the half-keys were in the last forward of training; GPT adds a little of
-    it to the loss. Raises ValueError for sizes that cannot work.
+    self.balance how uneven the half-keys were in the last forward of training. Raises ValueError
+    for sizes that cannot work.
     """
 
     OPEN = 1.2784645  # silu(OPEN) = 1
+    can_be_sliced = True
 
     def __init__(self, dim, table, heads=4, topk=32, key_dim=None, gate=True, qk_norm=True,
                  gate_open=False, balanced=False):
@@ -214,19 +292,21 @@ class ProductKeyMemory(nn.Module):
         self.half_dim = key_dim // 2  # d
         self.qk_norm = qk_norm
         self.balanced = balanced
-        self.balance = None
         self.query = nn.Linear(dim, heads * key_dim, bias=False)  # weight (H*2d, C)
         half_keys = torch.empty(2, heads, table.n_keys, self.half_dim)  # (2, H, n, d)
         self.half_keys = nn.Parameter(half_keys)
         self.gate = nn.Linear(dim, table.dim, bias=gate_open) if gate else None  # W1 (D, C)
         needs_out = gate or table.dim != dim
         self.out = nn.Linear(table.dim, dim, bias=False) if needs_out else None  # W2 (C, D)
-        self.tables = [table]  # a list hides it from nn.Module: it belongs to the whole model
-        self.init_weights()
+        self.tables = [table]
+        self.reset_parameters()
 
     @torch.no_grad()
-    def init_weights(self):
-        """Half-keys U(-b, b) with b = 1/sqrt(key dim). The matrices are as nn.Linear draws them."""
+    def reset_parameters(self):
+        """Half-keys U(-b, b) with b = 1/sqrt(key dim). With gate_open, the gate is 1 for every x.
+
+        Other matrices are as nn.Linear draws them.
+        """
         self.half_keys.uniform_(-1, 1).mul_((2 * self.half_dim) ** -0.5)  # (2, H, n, d)
         if self.gate is not None and self.gate.bias is not None:
             self.gate.weight.zero_()  # (D, C)
@@ -237,7 +317,7 @@ class ProductKeyMemory(nn.Module):
 
         x (N, C) -> slots (N, H, K) int32, weights (N, H, K), which sum to 1 over K.
         """
-        queries = self.query(x).view(len(x), self.heads, 2, self.half_dim)  # (N, H, 2, d)
+        queries = self.query(x).view(x.shape[0], self.heads, 2, self.half_dim)  # (N, H, 2, d)
         keys = self.half_keys.to(queries.dtype)  # (2, H, n, d)
         if self.qk_norm:
             d = self.half_dim
@@ -249,298 +329,58 @@ class ProductKeyMemory(nn.Module):
         return slots, scores.softmax(dim=-1)
 
     def forward(self, x):
-        B, T, C = x.size()
-        table, = self.tables
-        slots, weights = self.search(x.view(B * T, C))  # (N, H, K) both
+        slots, weights = self.search(x.flatten(0, -2))  # (N, H, K) both
         # Heads read the same table and are summed, so they are just more reads: R = H*K.
-        y = table.read(slots.flatten(1), weights.flatten(1))  # (N, D)
-        y = y.view(B, T, table.dim).to(x.dtype)  # (B, T, D)
+        y = self.table.read(slots.flatten(1), weights.flatten(1))  # (N, D)
+        y = y.view(*x.shape[:-1], self.table.dim).to(x.dtype)  # (..., D)
         if self.gate is not None:
-            y = y * F.silu(self.gate(x))  # (B, T, D)
+            y = y * F.silu(self.gate(x))  # (..., D)
         if self.out is not None:
-            y = self.out(y)  # (B, T, C)
+            y = self.out(y)  # (..., C)
         return y
 
+    # How a GPT makes, draws and counts this layer.
 
-# ---- its rivals
+    @classmethod
+    def check(cls, config):
+        if config.mem_topk > config.mem_n_keys:
+            raise ValueError(f"--mem-topk {config.mem_topk} > {config.mem_n_keys} half-keys: "
+                             f"lower --mem-topk or raise --mem-n-keys")
+        if config.key_dim() < 2 or config.key_dim() % 2:
+            raise ValueError(f"--mem-key-dim {config.key_dim()} is not an even number >= 2: "
+                             f"a key is two halves, set --mem-key-dim")
+        if config.mem_gate_open and not config.mem_gate:
+            raise ValueError("--mem-gate-open goes with --mem-gate: add that, or leave it out")
 
+    @classmethod
+    def make_table(cls, config, mesh=None):
+        dtype = getattr(torch, config.mem_dtype)
+        return MemoryTable(config.mem_n_keys, config.value_dim(), dtype, mesh)
 
-class HashedMemory(nn.Module):
-    """The same table without a search: a hash of the last one, two or three tokens names the slots.
+    @classmethod
+    def from_config(cls, config, block, table):
+        layer = cls(config.n_embd, table, config.mem_heads, config.mem_topk, config.key_dim(),
+                    gate=config.mem_gate, qk_norm=config.qk_norm, gate_open=config.mem_gate_open,
+                    balanced=config.mem_balance > 0)
+        layer.balance_weight = config.mem_balance
+        return layer
 
-    y = sum over r of softmax(W x)_r * values[hash_r(the last 1 + r % 3 tokens)]
+    @classmethod
+    def label(cls, config):
+        name = "Memory+" if config.mem_gate and config.qk_norm else "Memory"
+        return f"{name}, {config.mem_n_keys ** 2:,} slots"
 
-    Hashed tables of n-grams are an old idea (hash layers, arXiv 2106.04426). Engram (arXiv
-    2601.07372) puts such tables into large models. How do they differ from product keys? A hash
-    sees the last tokens and nothing else: the same three tokens read the same slots, whatever came
-    before. A query is made from all that the model has understood of the context.
-
-    It is the cheapest of the layers here, and it tells apart two questions: is it the size of the
-    table that helps, or the way it is addressed?
-
-    dim: C. table: a MemoryTable. reads: R. seed: of the hash functions; layers that share a table
-    should have different ones. tokens (B, T + 2): the tokens of x (B, T, C), and the two before
-    each of them; numbers below 0 stand for what is not there.
-    """
-
-    def __init__(self, dim, table, reads=128, seed=0):
-        super().__init__()
-        self.reads = reads  # R
-        self.weigh = nn.Linear(dim, reads, bias=False)  # W (R, C)
-        needs_out = table.dim != dim
-        self.out = nn.Linear(table.dim, dim, bias=False) if needs_out else None  # (C, D)
-        self.tables = [table]  # as in ProductKeyMemory
-        # A random odd factor for each read and each of the three tokens, 0 for a token that the
-        # read does not look at.
-        generator = torch.Generator().manual_seed(seed)
-        factors = torch.randint(2**31, (reads, 3), generator=generator) * 2 + 1  # (R, 3)
-        order = 1 + torch.arange(reads)[:, None] % 3  # (R, 1)
-        factors = factors * (torch.arange(3) < order)  # (R, 3)
-        self.register_buffer("factors", factors, persistent=False)
-
-    def search(self, tokens):
-        """Which slots each token reads: tokens (B, T + 2) -> slots (B, T, R) int32."""
-        table, = self.tables
-        B = len(tokens)
-        T = tokens.shape[1] - 2
-        # The token itself, the one before it, the one before that.
-        last = torch.stack([tokens[:, 2 - i:2 - i + T] for i in range(3)], dim=-1)  # (B, T, 3)
-        words = (last[:, :, None] + 2) * self.factors  # (B, T, R, 3), 64 bits, may overflow
-        h = words.sum(-1)  # (B, T, R)
-        h = (h ^ (h >> 29)) * 0x2545F4914F6CDD1D  # mixes the upper bits, where the factors meet ...
-        slots = (h >> 33) % len(table.values)  # ... and takes the best mixed ones
-        return slots.int().view(B, T, self.reads)
-
-    def forward(self, x, tokens):
-        B, T, C = x.size()
-        table, = self.tables
-        slots = self.search(tokens).view(B * T, -1)  # (N, R)
-        weights = self.weigh(x).view(B * T, -1).softmax(dim=-1)  # (N, R)
-        y = table.read(slots, weights).view(B, T, table.dim).to(x.dtype)  # (B, T, D)
+    def init_weights(self, divisor):
+        """The matrices; half-keys, and a gate that starts open, stay as they were drawn."""
+        draw_matrix(self.query.weight)
+        if self.gate is not None and self.gate.bias is None:
+            draw_matrix(self.gate.weight)
         if self.out is not None:
-            y = self.out(y)  # (B, T, C)
-        return y
+            draw_matrix(self.out.weight, divisor)
 
-
-def tucker_topk(row_scores, column_scores, core, K):
-    """The K best of n * n pairs of a row and a column, nearly: by rows^T core columns.
-
-    row_scores, column_scores (H, r, N, n): r scores of every row and column, for N tokens. core
-    (H, r, r). -> scores, rows, columns (N, H, K), the highest score first. arXiv 2411.12364, TDQKR.
-
-    n * n pairs are too many to score. Were the core the product u v^T of two vectors, the score of
-    a pair would be (u . its row's scores) * (v . its column's). Take for u and v the leading
-    singular vectors of the core: the K rows and the K columns that are best by them are a
-    shortlist, and all of its K * K pairs are scored. With K = n this is exact. Pairs of two
-    negative factors are not looked for. Gradients flow through the scores, not through the choice.
-    """
-    r = core.shape[1]
-    v = torch.linalg.svd(core.detach().float())[2][:, 0]  # (H, r)
-    u = torch.einsum("hqr,hr->hq", core.detach().float(), v)  # (H, r), as long as it likes
-    # The sign of the two together is arbitrary. This one makes the first core look for high scores.
-    sign = torch.where(u.sum(dim=1, keepdim=True) < 0, -1.0, 1.0)  # (H, 1)
-    u = (u * sign).to(row_scores.dtype)  # (H, r)
-    v = (v * sign).to(row_scores.dtype)  # (H, r)
-    rows = torch.einsum("hr,hrni->hni", u, row_scores.detach()).topk(K).indices  # (H, N, K)
-    columns = torch.einsum("hr,hrnj->hnj", v, column_scores.detach()).topk(K).indices  # (H, N, K)
-    left = row_scores.gather(3, rows[:, None].expand(-1, r, -1, -1))  # (H, r, N, K)
-    right = column_scores.gather(3, columns[:, None].expand(-1, r, -1, -1))  # (H, r, N, K)
-    left = torch.einsum("hqni,hqr->hrni", left, core)  # (H, r, N, K)
-    with torch.no_grad():  # no gradients for a whole grid
-        grid = torch.einsum("hrni,hrnj->hnij", left, right)  # (H, N, K, K)
-        best = grid.flatten(2).topk(K).indices  # (H, N, K)
-    i = best // K  # (H, N, K)
-    j = best % K  # (H, N, K)
-    left = left.gather(3, i[:, None].expand(-1, r, -1, -1))  # (H, r, N, K)
-    right = right.gather(3, j[:, None].expand(-1, r, -1, -1))  # (H, r, N, K)
-    scores = (left * right).sum(dim=1)  # (H, N, K)
-    found = scores, rows.gather(2, i), columns.gather(2, j)  # (H, N, K) each
-    return tuple(x.transpose(0, 1) for x in found)
-
-
-class UltraMem(nn.Module):
-    """Product keys with a richer score, and a table whose slots are read in four ways.
-
-    y = sum over heads of 1/K * sum over the K reads of score * W_way value
-
-    Two ideas of UltraMem (arXiv 2411.12364). Tucker scores: there are r = 2 sets of half-keys per
-    side, each with a query of its own, and a small trained matrix, the core, says how their scores
-    combine. There is no softmax. Implicit value expansion: there are 4 times as many virtual slots
-    as slots. A fixed permutation gives each of them a slot and a way, and a way has a matrix W of
-    its own. So each slot is read in all 4 ways.
-
-    Not here: its memory layer stands beside an MLP and is added some blocks later, the two halves
-    of a value have cores of their own (multi-core scoring), a loss keeps the core near rank one.
-
-    dim: C. table: a float32 MemoryTable of any dim, not in slices. heads, topk: H, K. key_dim: of a
-    pair of half-keys, default C/2. Below, m is the number of half-keys in a set: m*m = 4*S. Raises
-    ValueError for sizes that cannot work.
-    """
-
-    RANK = 2  # r
-    WAYS = 4  # a square number
-
-    def __init__(self, dim, table, heads=1, topk=64, key_dim=None):
-        super().__init__()
-        key_dim = dim // 2 if key_dim is None else key_dim
-        self.heads = heads  # H
-        self.topk = topk  # K
-        self.reads = heads * topk  # R
-        self.half_dim = key_dim // 2  # d
-        self.side = table.n_keys * math.isqrt(self.WAYS)  # m
-        if not 1 <= topk <= self.side:
-            raise ValueError(f"topk {topk} is not between 1 and the {self.side} half-keys: lower "
-                             f"topk or make the table with more n_keys")
-        if key_dim < 2 or key_dim % 2:
-            raise ValueError(f"key_dim {key_dim} is not an even number above 0: "
-                             f"a key has two halves, so choose an even one")
-        if not table.values.requires_grad:
-            raise ValueError("UltraMem reads whole tables in float32: make the table with neither "
-                             "dtype nor mesh")
-        sets = 2 * heads * self.RANK
-        self.query = nn.Linear(dim, sets * self.half_dim, bias=False)  # weight (2*H*r*d, C)
-        half_keys = torch.empty(2, heads, self.RANK, self.side, self.half_dim)  # (2, H, r, m, d)
-        self.half_keys = nn.Parameter(half_keys)
-        self.core = nn.Parameter(torch.empty(heads, self.RANK, self.RANK))  # (H, r, r)
-        self.out = nn.Linear(self.WAYS * table.dim, dim, bias=False)  # all W: weight (C, 4*D)
-        self.tables = [table]  # as in ProductKeyMemory
-        shuffle = torch.randperm(self.side**2, generator=torch.Generator().manual_seed(0))
-        self.register_buffer("shuffle", shuffle, persistent=False)  # (m*m,)
-        self.init_weights()
-
-    @torch.no_grad()
-    def init_weights(self):
-        """Half-keys as in ProductKeyMemory. The core is 1/r everywhere, which has rank one."""
-        self.half_keys.uniform_(-1, 1).mul_((2 * self.half_dim) ** -0.5)  # (2, H, r, m, d)
-        self.core.fill_(1 / self.RANK)
-
-    def search(self, x):
-        """x (N, C) -> slots and ways (N, R) int64, weights (N, R)."""
-        table, = self.tables
-        d = self.half_dim
-        queries = self.query(x).view(len(x), 2, self.heads, self.RANK, d)  # (N, 2, H, r, d)
-        queries = F.rms_norm(queries, (d,)) / math.sqrt(d)  # (N, 2, H, r, d)
-        keys = F.rms_norm(self.half_keys.to(queries.dtype), (d,))  # (2, H, r, m, d)
-        row_scores, column_scores = queries.permute(1, 2, 3, 0, 4) @ keys.transpose(-1, -2)
-        core = self.core.to(row_scores.dtype)
-        scores, rows, columns = tucker_topk(row_scores, column_scores, core, self.topk)
-        virtual = self.shuffle[(rows * self.side + columns).flatten(1)]  # (N, R)
-        S = len(table.values)
-        return virtual % S, virtual // S, scores.flatten(1) / self.topk
-
-    def forward(self, x):
-        B, T, C = x.size()
-        table, = self.tables
-        slots, ways, weights = self.search(x.view(B * T, C))  # (N, R) each
-        table.count_reads(slots, weights)
-        values = F.embedding(slots, table.values).to(weights.dtype)  # (N, R, D)
-        # A read's weight stands in the column of its way, the other columns are 0.
-        by_way = weights[..., None] * F.one_hot(ways, self.WAYS)  # (N, R, 4)
-        sums = torch.einsum("nrw,nrd->nwd", by_way, values)  # (N, 4, D)
-        return self.out(sums.flatten(1)).view(B, T, C)
-
-
-class PEER(nn.Module):
-    """A million tiny experts (arXiv 2407.04153): each has one hidden unit, two vectors u and v.
-
-    y = sum over the R best experts of softmax(scores)_i * gelu(x . u_i) * v_i
-
-    They are found as ProductKeyMemory finds its slots, whose search it has. A slot of the table
-    holds u and v, so the same number of parameters makes half as many slots, and half as many reads
-    move as many bytes.
-
-    dim: C. table: a MemoryTable with dim 2C. heads, topk, key_dim, qk_norm: see ProductKeyMemory.
-    """
-
-    def __init__(self, dim, table, heads=4, topk=16, key_dim=None, qk_norm=True):
-        super().__init__()
-        self.finder = ProductKeyMemory(dim, table, heads, topk, key_dim, gate=False,
-                                       qk_norm=qk_norm)
-        self.finder.out = None  # of the finder nothing but its search is used
-        self.reads = heads * topk  # R
-        self.tables = [table]
-
-    @staticmethod
-    def std(dim, reads):
-        """The std of a slot's numbers: u has variance 1/C, v has 1/R, so that y has 1. -> (2C,)"""
-        return torch.tensor([dim**-0.5] * dim + [reads**-0.5] * dim)
-
-    def forward(self, x):
-        B, T, C = x.size()
-        table, = self.tables
-        x = x.view(B * T, C)  # (N, C)
-        slots, weights = self.finder.search(x)  # (N, H, K) both
-        slots = slots.flatten(1)  # (N, R)
-        weights = weights.flatten(1)  # (N, R)
-        table.count_reads(slots, weights)
-        u, v = F.embedding(slots, table.values).to(x.dtype).chunk(2, dim=-1)  # (N, R, C) both
-        hidden = F.gelu(torch.einsum("nc,nrc->nr", x, u))  # (N, R)
-        y = torch.einsum("nr,nrc->nc", weights.to(x.dtype) * hidden, v)  # (N, C)
-        return y.view(B, T, C)
-
-
-class MixtureOfExperts(nn.Module):
-    """E small MLPs, of which each token uses the K that the router likes best (token choice).
-
-    p = softmax(W_r x)        y = sum over the top K of p_e / (sum of these p) * W2_e gelu(W1_e x)
-
-    Many small experts, as in OLMoE (arXiv 2409.02060). No token is dropped: each expert gets room
-    for as many tokens as the most popular one has. That number comes from the data, so
-    torch.compile cuts its graph there. With K = 1 the weight is p itself: 1 would give the router
-    no gradient.
-
-    balance: after a forward in training, the Switch loss E * sum_e f_e P_e (arXiv 2101.03961): f_e
-    is the share of assignments that expert e got, P_e the mean of p_e. It is 1 when all experts get
-    the same. GPT adds a little of it to the loss.
-
-    dim: C. experts: E. hidden: h. topk: K.
-    """
-
-    def __init__(self, dim, experts, hidden, topk):
-        super().__init__()
-        self.topk = topk  # K
-        self.router = nn.Linear(dim, experts, bias=False)  # W_r (E, C)
-        self.experts_in = nn.Parameter(torch.empty(experts, dim, hidden))  # W1 (E, C, h)
-        self.experts_out = nn.Parameter(torch.empty(experts, hidden, dim))  # W2 (E, h, C)
-        self.balance = None
-        self.init_weights()
-
-    @torch.no_grad()
-    def init_weights(self):
-        """Experts are normal, std 1/sqrt(inputs). The router is as nn.Linear draws it."""
-        for weight in (self.experts_in, self.experts_out):  # (E, inputs, outputs)
-            weight.normal_(std=weight.shape[1] ** -0.5)
-
-    def route(self, x):
-        """x (N, C) -> weights, experts (N, K), and p (N, E)."""
-        p = self.router(x).float().softmax(dim=-1)  # (N, E)
-        weights, experts = p.topk(self.topk, dim=-1)  # (N, K) both
-        if self.topk > 1:
-            weights = weights / weights.sum(dim=-1, keepdim=True)  # (N, K)
-        return weights, experts, p
-
-    def forward(self, x):
-        B, T, C = x.size()
-        E = len(self.experts_in)
-        K = self.topk
-        x = x.view(B * T, C)  # (N, C)
-        weights, experts, p = self.route(x)
-        # Sort the N*K assignments by expert, and give each its place in its expert's queue.
-        experts, order = experts.flatten().sort(stable=True)  # (N*K,) both
-        load = experts.bincount(minlength=E)  # (E,): how many assignments an expert has
-        place = torch.arange(len(order), device=x.device) - (load.cumsum(0) - load)[experts]
-        if self.training:
-            self.balance = E * (load / len(order) * p.mean(dim=0)).sum()
-        queues = x.new_zeros(E, load.max(), C)  # (E, longest, C)
-        # Each row is copied once, and the copies' gradients are added up in order. x[order // K]
-        # would be shorter, but its backward adds in any order.
-        copies = x[:, None].expand(-1, K, -1).reshape(-1, C)  # (N*K, C)
-        queues = queues.index_put((experts, place), copies[order])
-        hidden = F.gelu(queues @ self.experts_in.to(x.dtype))  # (E, longest, h)
-        answers = (hidden @ self.experts_out.to(x.dtype))[experts, place]  # (N*K, C), sorted
-        y = torch.empty_like(answers).index_put((order,), answers)  # (N*K, C), as they were
-        y = torch.einsum("nk,nkc->nc", weights.to(y.dtype), y.view(B * T, K, C))  # (N, C)
-        return y.view(B, T, C)
+    def param_counts(self):
+        half_keys = self.half_keys.numel()
+        return dict(dense=super().param_counts()["dense"] - half_keys, half_keys=half_keys)
 
 
 # ---- parallel memory: one table over P ranks
@@ -564,7 +404,7 @@ class AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group):
         ctx.group = group
-        every = x.new_empty(group.size() * len(x), x.shape[1])  # (P*N, R)
+        every = x.new_empty(group.size() * x.shape[0], x.shape[1])  # (P*N, R)
         all_gather(every, x.contiguous(), group=group)
         # A view: for the buffer itself, torch 2.11 compiles a backward that gives no gradients.
         return every.view_as(every)
@@ -574,11 +414,11 @@ class AllGather(torch.autograd.Function):
         P = ctx.group.size()
         mine = torch.empty_like(grad)  # (P*N, R)
         dist.all_to_all_single(mine, grad.contiguous(), group=ctx.group)
-        return mine.view(P, len(grad) // P, -1).sum(0), None  # (N, R)
+        return mine.view(P, grad.shape[0] // P, -1).sum(0), None  # (N, R)
 
 
 class Exchange(torch.autograd.Function):
-    """Some dims of all tokens become all dims of some: y (P*N, D/P) -> (N, D).
+    """From D/P dims of everybody's tokens to all dims of this rank's: y (P*N, D/P) -> (N, D).
 
     y holds this rank's dims of the outputs of every rank's tokens, N of each rank. The result holds
     the whole outputs of this rank's own tokens. Backward is the reverse exchange.
@@ -588,7 +428,7 @@ class Exchange(torch.autograd.Function):
     def forward(ctx, y, group):
         ctx.group = group
         P = group.size()
-        N = len(y) // P
+        N = y.shape[0] // P
         slices = torch.empty_like(y)  # (P*N, D/P)
         dist.all_to_all_single(slices, y.contiguous(), group=group)
         return slices.view(P, N, -1).transpose(0, 1).reshape(N, -1)  # (N, D)
@@ -601,21 +441,3 @@ class Exchange(torch.autograd.Function):
         mine = torch.empty_like(slices)  # (P*N, D/P)
         dist.all_to_all_single(mine, slices, group=ctx.group)
         return mine, None
-
-
-def parallel_bytes(N, R, D, P, number=4):
-    """Bytes that each rank sends (and receives) for one memory layer in one training step.
-
-    N tokens of each rank, R reads per token, P ranks; values and activations of `number` bytes.
-    To each of P - 1 peers go N*R slots, weights and gradients of weights (4 bytes each), and N
-    outputs and N gradients of outputs of D/P numbers. The number of slots S does not appear.
-    """
-    return (P - 1) * (N * R * (4 + 4 + 4) + 2 * N * D * number // P)
-
-
-def replicated_bytes(S, D, W):
-    """Bytes that each of W ranks sends in a training step if each holds the whole table.
-
-    This is a ring all-reduce of the table's float32 gradient.
-    """
-    return 2 * (W - 1) * S * D * 4 // W

@@ -2,8 +2,8 @@
 A GPT whose MLPs can be replaced by memory layers.
 
 It has nanoGPT's parts: layer norms, no biases, tied embeddings, flash attention through
-scaled_dot_product_attention. Only the positions are newer: they are rotary. `ffn` in the config
-says what stands in the place of the MLP in the blocks of `mem_layers`.
+scaled_dot_product_attention. Two things are newer: positions are rotary, and matrices begin with
+std 1/sqrt(inputs). `ffn` in the config says what replaces the MLP in the blocks of `mem_layers`.
 
     from model import GPT, GPTConfig
     model = GPT(GPTConfig(vocab_size=512, ffn="memory", mem_layers=(1,)))
@@ -12,176 +12,99 @@ says what stands in the place of the MLP in the blocks of `mem_layers`.
 B, T, C batch, tokens, channels · nh attention heads of size hs, C = nh*hs · V vocabulary
 S, D slots and dims of the memory table · P ranks that share it, each with D/P dims of every slot
 """
-from dataclasses import dataclass, field
+import pkgutil
+from collections import Counter
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from memory import (PEER, HashedMemory, MemoryTable, MixtureOfExperts, ProductKeyMemory,
-                    UltraMem)
+from memory import Layer, draw_matrix
+from support.fields import check_limits, setting
+
+# What can replace the MLP: the name for --ffn, then module and class (see memory.Layer). To add a
+# kind of layer, write it into a file of its own and add a line here.
+KINDS = {
+    "dense": "model:MLP",
+    "memory": "memory:ProductKeyMemory",
+    "ultramem": "support.rivals:UltraMem",
+    "hash": "support.rivals:HashedMemory",
+    "peer": "support.rivals:PEER",
+    "moe": "support.rivals:MixtureOfExperts",
+}
+
+
+def kind_of(config):
+    """The class of the layers in the blocks of mem_layers. ValueError if --ffn is unknown."""
+    if config.ffn not in KINDS:
+        raise ValueError(f"--ffn {config.ffn} is unknown: choose {', '.join(KINDS)}")
+    return pkgutil.resolve_name(KINDS[config.ffn])
 
 
 # ---- settings
 
-def setting(default, help):
-    """A field of a dataclass of settings; train.py shows `help` for --help."""
-    return field(default=default, metadata={"help": help})
+# n half-keys make n * n slots, which are counted in 32 bits.
+MOST_HALF_KEYS = 46340
 
 
 @dataclass
 class GPTConfig:
-    vocab_size: int = setting(50304, "tokens in the vocabulary")
-    block_size: int = setting(1024, "longest context, in tokens")
-    n_layer: int = setting(12, "blocks")
-    n_head: int = setting(12, "attention heads")
-    n_embd: int = setting(768, "width C")
-    dropout: float = setting(0.0, "on attention, MLP and embeddings")
-    ffn: str = setting("dense", "dense | memory | ultramem | hash | peer | moe: what replaces "
-                       "the MLP in the blocks of mem_layers")
+    vocab_size: int = setting(50304, "tokens in the vocabulary", 1, 2**16)
+    block_size: int = setting(1024, "longest context, in tokens", 1, 2**20)
+    n_layer: int = setting(12, "blocks", 1, 1000)
+    n_head: int = setting(12, "attention heads", 1, 1000)
+    n_embd: int = setting(768, "width C", 1, 2**16)
+    dropout: float = setting(0.0, "on attention, MLP and embeddings", 0, 0.999)
+    ffn: str = setting("dense", f"{' | '.join(KINDS)}: what replaces the MLP in the blocks of "
+                       "mem_layers")
     mem_layers: tuple = setting((4, 6, 8), "0-based blocks with a memory layer, as 4,6,8")
-    mem_n_keys: int = setting(256, "n half-keys per side: the table has n*n slots")
-    mem_heads: int = setting(4, "H queries per token")
-    mem_topk: int = setting(32, "K slots read per head")
-    mem_key_dim: int = setting(0, "full key dim, two halves; 0: n_embd / 2")
-    mem_value_dim: int = setting(0, "D; 0: n_embd")
+    mem_n_keys: int = setting(256, "n half-keys per side: the table has n*n slots",
+                              1, MOST_HALF_KEYS)
+    mem_heads: int = setting(4, "H queries per token", 1, 1000)
+    mem_topk: int = setting(32, "K slots read per head", 1, MOST_HALF_KEYS)
+    mem_key_dim: int = setting(0, "full key dim, two halves; 0: n_embd / 2", 0, 2**16)
+    mem_value_dim: int = setting(0, "D; 0: n_embd", 0, 2**16)
     mem_gate: bool = setting(True, "out = W2 (y * silu(W1 x)), Memory+")
     mem_gate_open: bool = setting(False, "a gate with a bias that starts at 1: silu(W1 x + b)")
     mem_share: bool = setting(True, "one table for all memory layers")
     mem_dtype: str = setting("float32", "float32 | bfloat16: the table's values; "
                              "to train one takes 16 or 10 bytes a value")
     qk_norm: bool = setting(True, "RMS-norm on query halves and half-keys")
-    mem_balance: float = setting(0.0, "weight of a loss that keeps half-keys equally liked, "
-                                 "for a table of which little is used; try 0.01")
+    mem_balance: float = setting(0.0, "weight of a loss that keeps the use of half-keys even, "
+                                 "for a table of which little is used; try 0.01", 0, 1e9)
     moe_experts: int = setting(0, "E experts, with as many weights in all as the memory layer's "
-                               "table; 0: as many as mem_n_keys, at least 128")
-    moe_topk: int = setting(0, "K experts per token; 0: as many as the MLP's FLOPs allow")
-    moe_balance: float = setting(0.01, "weight of the loss that keeps experts equally busy")
+                               "table; 0: as many as mem_n_keys, at least 128", 0, 2**16)
+    moe_topk: int = setting(0, "K experts per token; 0: as many as the MLP's FLOPs allow",
+                            0, 2**16)
+    moe_balance: float = setting(0.01, "weight of the loss that keeps experts equally busy",
+                                 0, 1e9)
 
     def check(self):
         """Raise ValueError, in one line, for sizes that cannot work. Returns self."""
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
-            check_positive(self, name)
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"--dropout {self.dropout} is not in [0, 1): give a fraction")
+        check_limits(self)
         if self.n_embd % (2 * self.n_head):
             raise ValueError(f"--n-embd {self.n_embd} is not a multiple of 2 * --n-head = "
                              f"{2 * self.n_head}: heads must have an even size, change one of them")
-        if self.ffn not in ("dense", *RIVALS):
-            raise ValueError(f"--ffn {self.ffn} is unknown: choose dense, {', '.join(RIVALS)}")
-        if self.ffn != "dense":
-            self.check_memory()
-        if self.ffn == "moe":
-            self.check_experts()
-        if self.ffn == "ultramem":
-            self.check_ultramem()
+        kind = kind_of(self)
+        if kind is not MLP:
+            self.check_blocks()
+            kind.check(self)
         return self
 
-    def check_memory(self):
-        """The same for the settings of the memory layers."""
-        for name in ("mem_n_keys", "mem_heads", "mem_topk"):
-            check_positive(self, name)
+    def check_blocks(self):
+        """Raise ValueError for mem_layers that do not exist, and for an unknown mem_dtype."""
         if self.mem_dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"--mem-dtype {self.mem_dtype} is unknown: "
-                             f"choose float32 or bfloat16")
-        if self.mem_value_dim < 0:
-            raise ValueError(f"--mem-value-dim {self.mem_value_dim} < 0: "
-                             f"give a positive number, or 0 for n_embd")
-        if not self.mem_layers:
+            raise ValueError(f"--mem-dtype {self.mem_dtype} is unknown: choose float32 or bfloat16")
+        blocks = set(self.mem_layers)
+        if not blocks:
             raise ValueError("--mem-layers is empty: name at least one block, or use --ffn dense")
-        if len(set(self.mem_layers)) < len(self.mem_layers):
+        if len(blocks) < len(self.mem_layers):
             raise ValueError(f"--mem-layers {self.mem_layers} names a block twice: name each once")
-        for layer in self.mem_layers:
-            if not 0 <= layer < self.n_layer:
-                raise ValueError(f"--mem-layers {layer} is not in 0..{self.n_layer - 1}: "
-                                 f"choose blocks that exist or raise --n-layer (now "
-                                 f"{self.n_layer})")
-        if self.mem_topk > self.mem_n_keys:
-            raise ValueError(f"--mem-topk {self.mem_topk} > {self.mem_n_keys} half-keys: "
-                             f"lower --mem-topk or raise --mem-n-keys")
-        if self.key_dim() < 2 or self.key_dim() % 2:
-            raise ValueError(f"--mem-key-dim {self.key_dim()} is not an even number >= 2: "
-                             f"a key is two halves, set --mem-key-dim")
-        if self.mem_gate_open and not (self.mem_gate and self.ffn == "memory"):
-            raise ValueError("--mem-gate-open is for --ffn memory with --mem-gate: leave it out")
-        if not self.mem_balance >= 0:
-            raise ValueError(f"--mem-balance {self.mem_balance} is not at least 0: raise it")
-        if self.mem_balance and self.ffn != "memory":
-            raise ValueError(f"--mem-balance {self.mem_balance} is for --ffn memory: leave it out")
-        if self.mem_n_keys**2 >= 2**31:
-            raise ValueError(f"--mem-n-keys {self.mem_n_keys} makes {self.mem_n_keys**2} slots, "
-                             f"the limit is 2^31 - 1: lower --mem-n-keys")
-        is_plain = self.value_dim() == self.n_embd and self.mem_dtype == "float32"
-        if self.ffn in ("peer", "moe", "ultramem") and not is_plain:
-            raise ValueError(f"--ffn {self.ffn} has no --mem-value-dim and no --mem-dtype "
-                             f"bfloat16: leave them out")
-
-    def check_experts(self):
-        """The same for the settings of the mixture of experts."""
-        E = self.experts()
-        if self.moe_experts < 0 or self.expert_hidden() < 1:
-            raise ValueError(f"--moe-experts {E} do not share the weights of "
-                             f"{self.mem_n_keys**2} slots: choose 1 to {self.mem_n_keys**2 // 2}")
-        if not 1 <= self.experts_per_token() <= E:
-            raise ValueError(f"--moe-topk {self.experts_per_token()}: {E} experts of "
-                             f"{self.expert_hidden()} hidden units cannot be matched with the "
-                             f"MLP's FLOPs: change --moe-experts or --mem-n-keys, or set "
-                             f"--moe-topk to 1..{E}")
-        if not self.moe_balance >= 0:
-            raise ValueError(f"--moe-balance {self.moe_balance} is not at least 0: raise it")
-
-    def check_ultramem(self):
-        """The same for the sizes of UltraMem."""
-        n = self.ultramem_n_keys()
-        if n < 1:
-            raise ValueError(f"--ffn ultramem: its matrices alone are as large as a table of "
-                             f"--mem-n-keys {self.mem_n_keys}: raise it")
-        if self.ultramem_topk() > 2 * n:
-            raise ValueError(f"--mem-topk {self.mem_topk}: UltraMem reads twice as many slots per "
-                             f"head, {self.ultramem_topk()}, and has only {2 * n} half-keys: lower "
-                             f"--mem-topk or raise --mem-n-keys")
-
-    # Each rival has as many parameters as the memory layer, and about as many FLOPs as the MLP.
-
-    def peer_n_keys(self):
-        """An expert of PEER is two vectors, so there are half as many as there are slots."""
-        return max(round(self.mem_n_keys / 2**0.5), 1)
-
-    def peer_topk(self):
-        return max(self.mem_topk // 2, 1)
-
-    def ultramem_n_keys(self):
-        """A value of UltraMem has C/2 dims, so there are twice as many as there are slots.
-
-        Its 4 matrices have as many weights as 4C values. So have the two of the gate, W1 and W2;
-        where the memory layer has no gate, there are 4C fewer values.
-        """
-        slots = 2 * self.mem_n_keys**2
-        if not self.mem_gate:
-            slots -= UltraMem.WAYS * self.n_embd
-        return round(max(slots, 0) ** 0.5)
-
-    def ultramem_heads(self):
-        """A head has two sets of half-keys, each almost three times as many as the memory layer."""
-        return max(self.mem_heads // 4, 1)
-
-    def ultramem_topk(self):
-        """Not more: the search scores K * K pairs."""
-        return 2 * self.mem_topk
-
-    def experts(self):
-        """E: many small experts, but not more than the smallest of tables has weights for."""
-        n = self.mem_n_keys
-        return self.moe_experts or min(max(n, 128), 4 * n)
-
-    def expert_hidden(self):
-        """h: the weights of all experts, E * 2 * C * h, are as many as the table's, S * C."""
-        return self.mem_n_keys**2 // (2 * self.experts())
-
-    def experts_per_token(self):
-        """K: router and experts, C * E + K * 2 * C * h, are no more than the MLP's 8 * C * C."""
-        budget = 8 * self.n_embd - self.experts()
-        return self.moe_topk or budget // (2 * self.expert_hidden())
+        missing = blocks - set(range(self.n_layer))
+        if missing:
+            raise ValueError(f"--mem-layers {min(missing)} is not in 0..{self.n_layer - 1}: choose "
+                             f"blocks that exist or raise --n-layer (now {self.n_layer})")
 
     def key_dim(self):
         return self.mem_key_dim or self.n_embd // 2
@@ -190,26 +113,13 @@ class GPTConfig:
         return self.mem_value_dim or self.n_embd
 
 
-# What --ffn can put in the place of the MLP.
-RIVALS = ("memory", "ultramem", "hash", "peer", "moe")
-# Those that read a table, and of these, those whose table can be cut into slices over ranks.
-READ_A_TABLE = ("memory", "ultramem", "hash", "peer")
-CAN_BE_SLICED = ("memory", "hash")
-
-
-def check_positive(config, name):
-    value = getattr(config, name)
-    if value < 1:
-        flag = "--" + name.replace("_", "-")
-        raise ValueError(f"{flag} {value} < 1: give a positive number")
-
-
 # ---- the parts of a block
 
 def rotary(hs, positions, device):
     """Rotary positions (RoPE, arXiv 2104.09864): the cos and sin that rotate() takes.
 
-    Both are (positions, hs) float32: of each angle twice, and once with -sin.
+    Both are (positions, hs) float32: [cos, cos] and [-sin, sin], so that rotate() is a product and
+    a sum.
     """
     freq = 10000 ** (-torch.arange(0, hs, 2, device=device).float() / hs)  # (hs/2,)
     angle = torch.arange(positions, device=device).float()[:, None] * freq  # (positions, hs/2)
@@ -223,7 +133,7 @@ def rotate(x, cos, sin):
 
     The result is (a cos - b sin, b cos + a sin).
     """
-    swapped = x.roll(x.size(-1) // 2, dims=-1)  # (..., T, hs): the b, then the a
+    swapped = x.roll(x.size(-1) // 2, dims=-1)  # (..., T, hs): (b, a)
     return (x * cos + swapped * sin).type_as(x)  # (..., T, hs)
 
 
@@ -254,8 +164,12 @@ class Attention(nn.Module):
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, T, C)
         return self.proj(y), (k, v)
 
+    def init_weights(self, divisor):
+        draw_matrix(self.qkv.weight)
+        draw_matrix(self.proj.weight, divisor)
 
-class MLP(nn.Module):
+
+class MLP(Layer):
     def __init__(self, config):
         super().__init__()
         self.fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
@@ -264,65 +178,45 @@ class MLP(nn.Module):
     def forward(self, x):
         return self.proj(F.gelu(self.fc(x)))  # (B, T, C)
 
+    @classmethod
+    def from_config(cls, config, block, table):
+        return cls(config)
 
-def make_ffn(config, layer, table):
-    """What follows attention in block `layer`: an MLP, or in the blocks of mem_layers a rival.
+    @classmethod
+    def label(cls, config):
+        return f"Dense, width {config.n_embd}"
 
-    A new kind of layer is added here; it needs a name in RIVALS, and if it reads a table, that is
-    made by make_table. Its forward takes x (B, T, C) and returns (B, T, C).
-    """
-    if config.ffn == "dense" or layer not in config.mem_layers:
-        return MLP(config)
-    C = config.n_embd
-    H = config.mem_heads
-    if config.ffn == "moe":
-        return MixtureOfExperts(C, config.experts(), config.expert_hidden(),
-                                config.experts_per_token())
-    if config.ffn == "hash":
-        return HashedMemory(C, table, reads=H * config.mem_topk, seed=layer)
-    if config.ffn == "ultramem":
-        return UltraMem(C, table, config.ultramem_heads(), config.ultramem_topk(),
-                        config.key_dim())
-    if config.ffn == "peer":
-        return PEER(C, table, H, config.peer_topk(), config.key_dim(), config.qk_norm)
-    return ProductKeyMemory(C, table, heads=H, topk=config.mem_topk, key_dim=config.key_dim(),
-                            gate=config.mem_gate, qk_norm=config.qk_norm,
-                            gate_open=config.mem_gate_open,
-                            balanced=config.mem_balance > 0)
-
-
-def make_table(config, mesh):
-    """The table that a layer of this kind reads."""
-    if config.ffn == "peer":
-        reads = config.mem_heads * config.peer_topk()
-        return MemoryTable(config.peer_n_keys(), 2 * config.n_embd,
-                           std=PEER.std(config.n_embd, reads))
-    if config.ffn == "ultramem":
-        return MemoryTable(config.ultramem_n_keys(), config.n_embd // 2)
-    dtype = getattr(torch, config.mem_dtype)
-    return MemoryTable(config.mem_n_keys, config.value_dim(), dtype, mesh)
+    def init_weights(self, divisor):
+        draw_matrix(self.fc.weight)
+        draw_matrix(self.proj.weight, divisor)
 
 
 class Block(nn.Module):
-    def __init__(self, config, layer, table):
+    def __init__(self, config, number, table):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.n_embd, bias=False)
         self.norm2 = nn.LayerNorm(config.n_embd, bias=False)
         self.attn = Attention(config)
-        self.ffn = make_ffn(config, layer, table)
+        kind = kind_of(config) if number in config.mem_layers else MLP
+        self.ffn = kind.from_config(config, number, table)
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x, rope, tokens, cache=None):
-        """tokens (B, T + 2): those of x and the two before, for a layer that needs them."""
+        """tokens (B, T + 2): those of x and the two before, for a layer that wants them."""
         y, cache = self.attn(self.norm1(x), rope, cache)  # (B, T, C)
         x = x + self.drop(y)  # (B, T, C)
         h = self.norm2(x)  # (B, T, C)
-        y = self.ffn(h, tokens) if isinstance(self.ffn, HashedMemory) else self.ffn(h)
+        y = self.ffn(h, tokens) if self.ffn.wants_tokens else self.ffn(h)  # (B, T, C)
         x = x + self.drop(y)  # (B, T, C)
         return x, cache
 
 
 # ---- the GPT
+
+# Upper bounds for what is evaluated at a time: bytes of logits, and tokens.
+LOGITS_BYTES = 2**26
+TOKENS_AT_ONCE = 2**13
+
 
 class GPT(nn.Module):
     def __init__(self, config, mesh=None):
@@ -330,13 +224,14 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config.check()
         C = config.n_embd
-        self.tables = nn.ModuleList()
-        table_of = {}  # block number: the table that its memory layer reads
-        memory_blocks = config.mem_layers if config.ffn in READ_A_TABLE else ()
-        for layer in memory_blocks:
-            if not config.mem_share or not self.tables:
-                self.tables.append(make_table(config, mesh))
-            table_of[layer] = self.tables[-1]
+        table_of = {}  # number of a block in mem_layers: the table that its layer reads, or None
+        table = None
+        for number in config.mem_layers:
+            if table is None or not config.mem_share:
+                table = kind_of(config).make_table(config, mesh)
+            table_of[number] = table
+        made = dict.fromkeys(table_of.values())  # each table once
+        self.tables = nn.ModuleList(table for table in made if table is not None)
         self.wte = nn.Embedding(config.vocab_size, C)
         self.blocks = nn.ModuleList(
             Block(config, i, table_of.get(i)) for i in range(config.n_layer))
@@ -350,41 +245,34 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """The embedding and all matrices.
+        """The embedding, tied to the head, is normal with std 0.02. Layers draw their own weights.
 
-        embedding     normal, std 0.02
-        matrices      normal, std 1/sqrt(inputs)
-        Those that write to the residual stream, experts too, are divided by sqrt(2 * n_layer), as
-        in nanoGPT. Norms are 1; values, half-keys and experts are as memory.py draws them, and so
-        is an open gate.
+        What writes to the residual stream is divided by sqrt(2 * n_layer), as in nanoGPT.
         """
-        as_drawn = ("values", "gate.weight") if self.config.mem_gate_open else ("values",)
-        for name, p in self.named_parameters():
-            if name.startswith("wte"):  # the head too: a tied weight is listed once
-                p.normal_(std=0.02)  # (V, C)
-            elif p.dim() == 2 and not name.endswith(as_drawn):
-                p.normal_(std=p.shape[1] ** -0.5)
-            if name.endswith(("proj.weight", "out.weight", "experts_out")):
-                p.div_((2 * self.config.n_layer) ** 0.5)
+        self.wte.weight.normal_(std=0.02)  # (V, C)
+        divisor = (2 * self.config.n_layer) ** 0.5
+        for block in self.blocks:
+            block.attn.init_weights(divisor)
+            block.ffn.init_weights(divisor)
 
     def memories(self):
-        """The layers that stand in the place of an MLP, as (block number, layer)."""
+        """The layers that replace an MLP, as (block number, layer)."""
         pairs = enumerate(block.ffn for block in self.blocks)
         return [(i, ffn) for i, ffn in pairs if not isinstance(ffn, MLP)]
 
-    def table_of(self, layer):
+    def table_number(self, layer):
         """Which of self.tables a layer of memories() reads, as a number."""
-        return [table is layer.tables[0] for table in self.tables].index(True)
+        return list(self.tables).index(layer.table)
 
-    def forward(self, idx, targets=None, reduction="mean", caches=None, before=None):
+    def forward(self, idx, targets=None, reduction="mean", caches=None, history=None):
         """idx (B, T) int64, targets (B, T) int64 or None -> (logits, loss).
 
         With targets: logits (B, T, V), which carry no gradient, and the mean cross-entropy in nats
         (reduction="none": that of each token, (B, T)). Without: logits of the last position only,
         (B, 1, V), and None. caches: a list with (k, v) or None for each block, read and refilled in
-        place, for generation; once they are filled, T = 1. before: the two tokens that come before
-        idx, (B, 2); those in the caches are not seen otherwise. Raises ValueError if the context is
-        longer than block_size. In training the balance of layers that keep one is added.
+        place, for generation; once they are filled, T = 1. history: all tokens up to and including
+        idx, (B, >= T), for a layer that wants tokens. Raises ValueError if the context is longer
+        than block_size. In training the balance losses of the layers are added.
         """
         B, T = idx.size()
         past = 0
@@ -396,9 +284,8 @@ class GPT(nn.Module):
         if past and T > 1:  # there is no mask for them
             raise ValueError(f"{T} tokens at once with a filled cache: give one at a time")
         rope = self.cos[past:past + T], self.sin[past:past + T]  # (T, hs) both
-        if before is None:
-            before = idx.new_full((B, 2), -1)  # (B, 2): nothing
-        tokens = torch.cat((before, idx), dim=1)  # (B, T + 2)
+        history = idx if history is None else history
+        tokens = F.pad(history, (2, 0), value=-1)[:, -(T + 2):]  # (B, T + 2); -1: no token
         x = F.dropout(self.wte(idx), self.config.dropout, self.training)  # (B, T, C)
         for i, block in enumerate(self.blocks):
             x, cache = block(x, rope, tokens, None if caches is None else caches[i])  # (B, T, C)
@@ -413,10 +300,10 @@ class GPT(nn.Module):
                                reduction=reduction)
         if reduction == "none":
             loss = loss.view(B, T)
-        weight = {"moe": self.config.moe_balance, "memory": self.config.mem_balance}
-        if self.training and weight.get(self.config.ffn):
-            balance = torch.stack([layer.balance for _, layer in self.memories()])
-            loss = loss + weight[self.config.ffn] * balance.mean()
+        balanced = [layer for _, layer in self.memories() if layer.balance_weight]
+        if self.training and balanced:
+            balance = torch.stack([layer.balance for layer in balanced]).mean()
+            loss = loss + balanced[0].balance_weight * balance
         return logits.detach(), loss
 
     @torch.no_grad()
@@ -437,8 +324,8 @@ class GPT(nn.Module):
             if caches is None:
                 new = context  # (B, T)
                 caches = [None] * self.config.n_layer  # without use_cache it stays like this
-            before = F.pad(context, (2, 0), value=-1)[:, -new.size(1) - 2:-new.size(1)]  # (B, 2)
-            logits, _ = self(new, caches=caches if use_cache else None, before=before)  # (B, 1, V)
+            used = caches if use_cache else None
+            logits, _ = self(new, caches=used, history=context)  # (B, 1, V)
             token = sample_token(logits[:, -1].float(), temperature, top_k, top_p, generator)
             context = torch.cat((context, token), dim=1)  # (B, T + 1)
             new = token if use_cache else context
@@ -449,18 +336,19 @@ class GPT(nn.Module):
         """Does the model know how these sentences end?
 
         windows (W, T) tokens as numpy integers, spans (W, 2) = [start, end) of the answer in each,
-        start >= 1. Below, b windows are read at a time.
+        start >= 1.
         Returns right (W,) bool: every token of the answer is the likeliest one after what stands
-        before it; and nats (W,) float64: the answer's cross-entropy.
+        before it; and nats (W,): the answer's cross-entropy.
         """
         was_training = self.training
         self.eval()
         device = self.wte.weight.device
         right = [torch.empty(0, dtype=torch.bool)]  # so that no windows give an empty result
         nats = [torch.empty(0)]
-        for i in range(0, len(windows), 1024):
-            w = torch.from_numpy(windows[i:i + 1024].astype("int64")).to(device)  # (b, T)
-            span = torch.from_numpy(spans[i:i + 1024].astype("int64")).to(device)  # (b, 2)
+        b = self.windows_at_once(windows.shape[1] - 1)  # so that their logits stay small
+        for i in range(0, len(windows), b):
+            w = torch.from_numpy(windows[i:i + b].astype("int64")).to(device)  # (b, T)
+            span = torch.from_numpy(spans[i:i + b].astype("int64")).to(device)  # (b, 2)
             place = torch.arange(1, w.shape[1], device=device)  # (T-1,)
             inside = (place >= span[:, :1]) & (place < span[:, 1:])  # (b, T-1)
             logits, loss = self(w[:, :-1], w[:, 1:], reduction="none")  # (b, T-1, V), (b, T-1)
@@ -469,6 +357,15 @@ class GPT(nn.Module):
             nats.append((loss * inside).sum(dim=1).cpu())
         self.train(was_training)
         return torch.cat(right).numpy(), torch.cat(nats).double().numpy()
+
+    def windows_at_once(self, T):
+        """How many windows of T tokens to evaluate at a time, so that memory is bounded.
+
+        The largest tensors are the logits, in float32, and what a memory layer makes for its
+        search. At least one window is evaluated.
+        """
+        tokens = min(LOGITS_BYTES // (4 * self.config.vocab_size), TOKENS_AT_ONCE)
+        return max(tokens // T, 1)
 
     @torch.no_grad()
     def memory_reads(self, idx):
@@ -481,71 +378,71 @@ class GPT(nn.Module):
         self.eval()
         for table in self.tables:
             table.record = []
-        self(idx)
-        found = []
-        for block, layer in self.memories() if self.tables else []:
-            table, = layer.tables
-            slots, weights = table.record.pop(0)  # (B*T, R) both
-            found.append((block, slots.view(*idx.shape, -1), weights.view(*idx.shape, -1)))
-        for table in self.tables:
-            table.record = None
-        self.train(was_training)
+        try:
+            self(idx)
+            found = []
+            for block, layer in self.memories() if self.tables else []:
+                slots, weights = layer.table.record.pop(0)  # (B*T, R) both
+                found.append((block, slots.view(*idx.shape, -1), weights.view(*idx.shape, -1)))
+        finally:
+            for table in self.tables:
+                table.record = None
+            self.train(was_training)
         return found
 
     def param_counts(self):
         """Parameters by what they do: embedding, dense, half_keys, values, experts, and two sums.
 
         total: of all these. active: what one token uses, that is all but the rows of the tables
-        that it does not read, and the experts that it does not ask. experts: only if there are any.
+        that it does not read, and the experts that it is not routed to. experts: only if there are
+        any.
         """
-        counts = dict.fromkeys(("embedding", "dense", "half_keys", "values"), 0)
-        for name, p in self.named_parameters():
-            if name.startswith("wte"):
-                counts["embedding"] += p.numel()
-            elif name.endswith("half_keys"):
-                counts["half_keys"] += p.numel()
-            elif name.endswith("values"):
-                counts["values"] += p.numel() * self.tables[0].parts  # p holds one rank's dims
-            elif name.endswith(("experts_in", "experts_out")):
-                counts["experts"] = counts.get("experts", 0) + p.numel()
-            else:
-                counts["dense"] += p.numel()
+        values = sum(table.values.numel() * table.parts for table in self.tables)
+        counts = Counter(embedding=self.wte.weight.numel(), dense=self.norm.weight.numel(),
+                         half_keys=0, values=values)
+        inactive = 0
+        for block in self.blocks:
+            others = (block.norm1, block.norm2, block.attn)
+            counts["dense"] += sum(p.numel() for part in others for p in part.parameters())
+            own = block.ffn.param_counts()
+            counts.update(own)  # adds them
+            inactive += sum(own.values()) - block.ffn.active_params()
         counts["total"] = sum(counts.values())
-        read = min(self.numbers_read(), counts["values"])  # of a small table the same rows again
-        counts["active"] = counts["total"] - counts["values"] + read
-        if "experts" in counts:
-            counts["active"] += self.numbers_asked() - counts["experts"]
-        return counts
-
-    def numbers_read(self):
-        """Numbers that a token reads from the tables: R rows of D, for each memory layer."""
-        layers = self.memories() if self.tables else []
-        return sum(layer.reads * layer.tables[0].dim for _, layer in layers)
-
-    def numbers_asked(self):
-        """Weights of experts that a token is multiplied with: K * 2*C*h, for each layer."""
-        if self.config.ffn != "moe":
-            return 0
-        c = self.config
-        return len(c.mem_layers) * c.experts_per_token() * 2 * c.n_embd * c.expert_hidden()
+        read = sum(layer.numbers_read() for _, layer in self.memories())
+        read = min(read, counts["values"])  # a small table cannot be read more than once over
+        counts["active"] = counts["total"] - counts["values"] + read - inactive
+        return dict(counts)
 
     def flops_per_token(self):
         """FLOPs to train on one token, forward and backward.
 
-        6 for each weight of a matrix that the token is multiplied with, half-keys and the tied head
-        included; the embedding is a lookup. 12 * n_layer * T * C for attention (PaLM, appendix B).
-        6 for each number that is read from a table, however large the table is, and for each weight
-        of an expert that is asked. What a search does with the scores is not counted: sorting,
-        sums of half-scores, UltraMem's grid of K * K pairs.
+        6 for each weight of a matrix that the token is multiplied with, the tied head included; the
+        embedding is a lookup. 12 * n_layer * T * C for attention (PaLM, appendix B). Layers in the
+        place of the MLP: see their flops_per_token.
         """
         c = self.config
-        matrices = 0
-        for name, p in self.named_parameters():
-            if p.dim() == 2 and not name.endswith("values"):
-                matrices += p.numel()
-        multiplied = matrices + self.param_counts()["half_keys"] + self.numbers_read()
-        multiplied += self.numbers_asked()
-        return 6 * multiplied + 12 * c.n_layer * c.block_size * c.n_embd
+        flops = 6 * self.wte.weight.numel() + 12 * c.n_layer * c.block_size * c.n_embd
+        for block in self.blocks:
+            flops += 6 * sum(p.numel() for p in block.attn.parameters())
+            flops += block.ffn.flops_per_token()
+        return flops
+
+    def parameter_groups(self):
+        """All parameters but the tables', for the optimizer.
+
+        -> {(weight decay or not, name of the setting of their rate): list of parameters}. Matrices
+        are decayed; embedding, norms and half-keys are not.
+        """
+        matrices = []
+        rest = [self.wte.weight]
+        groups = {(True, "learning_rate"): matrices, (False, "learning_rate"): rest}
+        for block in self.blocks:
+            rest += [block.norm1.weight, block.norm2.weight]
+            matrices += block.attn.parameters()
+            for parameters, decay, rate in block.ffn.parameter_groups():
+                groups.setdefault((decay, rate), []).extend(parameters)
+        rest.append(self.norm.weight)
+        return groups
 
 
 def sample_token(logits, temperature, top_k, top_p, generator):

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Does a table of 262,144 slots, of which a step reads a tenth, gain from a loss that keeps its
-# half-keys equally liked? Without it and with one weight, three seeds; another weight on seed 1.
+# half-keys used equally? Without it and with one weight, three seeds; another weight on seed 1.
 # 7 runs, of which slots.sh has 3. An hour on two cores.
 source "$(dirname "${BASH_SOURCE[0]}")/run.sh"
 

@@ -12,10 +12,13 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from prepare_data import RELATIONS, load_tokenizer, read_meta, steady_output
-from train import read_facts
+from prepare_data import load_tokenizer
+from support.data_folder import read_meta
+from support.invented import RELATIONS
+from support.recall import read_facts
+from support.terminal import steady_output
 
-# Of prepare_data.RELATIONS, in that order.
+# Of support.invented.RELATIONS, in that order.
 NAMES_OF_RELATIONS = ["birthplace", "trade", "language", "food", "employer", "cat", "garden",
                       "ship"]
 

@@ -1,4 +1,4 @@
-"""The pictures of README.md and docs/, from assets/*.json. runs/report.py draws them.
+"""The pictures of README.md and docs/, from runs/results/. runs/report.py draws them.
 
 A function draw_... takes all runs and a figure, and draws one picture into it.
 """
@@ -6,9 +6,8 @@ import statistics
 
 import numpy as np
 
-from results import (DENSE, EXPERTS, SLOTS, TEXT, TEXTS, TWICE, by_size, fit, fit_band, flops,
-                     predicted, recall_at, seeds, share_lost, teaching, text_time,
-                     total_parameters, usage, values)
+from results import (DENSE, EXPERTS, SLOTS, TEXT, TEXTS, TWICE, read, recall_at, seeds, share_lost,
+                     text_time, values)
 
 STYLE = {
     "font.size": 12,
@@ -27,34 +26,24 @@ RED = "#c0504d"
 GREY = "#777777"
 
 
-def mean_and_deviation(columns):
-    """Lists of the seeds' numbers, one list for each point -> means, standard deviations."""
-    return [statistics.mean(c) for c in columns], [statistics.stdev(c) for c in columns]
-
-
 def draw_line(ax, x, columns, label, color, style):
-    """The mean over seeds, and one standard deviation to either side as a band."""
-    mean, deviation = mean_and_deviation(columns)
-    low = [m - d for m, d in zip(mean, deviation)]
-    high = [m + d for m, d in zip(mean, deviation)]
-    ax.plot(x, mean, style, color=color, lw=2, ms=5, label=label)
+    """The mean over seeds, and one standard deviation to either side as a band.
+
+    columns: the numbers of the seeds, a list for each point.
+    """
+    means = [statistics.mean(column) for column in columns]
+    deviations = [statistics.stdev(column) for column in columns]
+    low = [mean - deviation for mean, deviation in zip(means, deviations)]
+    high = [mean + deviation for mean, deviation in zip(means, deviations)]
+    ax.plot(x, means, style, color=color, lw=2, ms=5, label=label)
     ax.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
-
-
-def draw_fit(ax, sizes, columns, label, color):
-    """A point for each seed, and the curve of fit() through them with its band."""
-    for x, column in zip(sizes, columns):
-        ax.plot([x] * len(column), column, "o", color=color, ms=4)
-    at = np.geomspace(sizes[0], sizes[-1])
-    ax.plot(at, predicted(fit(sizes, columns), at), color=color, lw=2, label=label)
-    ax.fill_between(at, *fit_band(sizes, columns, at), color=color, alpha=0.2, lw=0)
 
 
 def draw_exposures(ax, results, label, color, style, end):
     """A line of recall over how often a fact was read, less than `end` times.
 
-    A row of the results holds the facts that were read from 4 to 7 times, say. Its point stands at
-    the geometric middle of that.
+    A row of the results holds, for example, the facts that were read 4 to 7 times. Its point stands
+    at the geometric mean of 4 and 7.
     """
     rows = [row for row in results[0]["recall_by_exposures"] if 0 < row["from"] < end]
     x = [(row["from"] * (row["to"] - 1)) ** 0.5 for row in rows]
@@ -137,7 +126,7 @@ def draw_text(runs, figure):
             columns = [values(runs, f"text-{text}-{TEXT[title]}", "val_loss") for title in titles]
             x = np.repeat(times, [len(column) for column in columns])
             ax.plot(x, np.concatenate(columns), marker, color=color, ms=6, label=kind)
-            ax.plot(times, mean_and_deviation(columns)[0], "--", color=color)
+            ax.plot(times, [statistics.mean(column) for column in columns], "--", color=color)
         ax.set_xscale("log")  # as dense_for_as_long interpolates
         ax.set_xticks([1, 1.5, 2, 2.5], ["1", "1.5", "2", "2.5"])
         ax.minorticks_off()
@@ -171,48 +160,41 @@ def draw_slots(runs, figure):
 
 
 def draw_scaling(runs, figure):
-    """Recall and loss over parameters and FLOPs: tables of five sizes and what they compete with.
-
-    Curves are fitted to the recall of tables and of dense models over parameters. Elsewhere the
-    means are joined.
-    """
-    sizes = {
-        "parameters, million": (total_parameters, [0.2, 0.5, 1, 2, 5, 10]),
-        "FLOPs per token, million": (flops, [1, 2, 5, 10]),
-    }
+    """Recall and loss over parameters and FLOPs, of tables, experts and widths."""
     kinds = {
         "Memory, more slots": (SLOTS, GREEN),
         "Dense, wider": (DENSE, BLUE),
         "MoE, larger": (EXPERTS, RED),
     }
     axes = figure.subplots(2, 2, sharex="col", sharey="row")
-    for (above, below), (name, (size, ticks)) in zip(axes.T, sizes.items()):
-        for label, (of_kind, color) in kinds.items():
-            points_of_recall = by_size(runs, of_kind.values(), size)
-            points_of_loss = by_size(runs, of_kind.values(), size, "val_loss")
-            if size is total_parameters and of_kind is not EXPERTS:
-                draw_fit(above, *points_of_recall, label, color)
-            else:
-                draw_line(above, *points_of_recall, label, color, "o-")
-            draw_line(below, *points_of_loss, label, color, "o-")
-        below.set_xscale("log")
-        below.set_xticks([1e6 * tick for tick in ticks], [f"{tick:g}" for tick in ticks])
-        below.minorticks_off()
-        below.set_xlabel(name)
+    for label, (titles, color) in kinds.items():
+        first = [seeds(runs, kind)[0] for kind in titles.values()]
+        parameters = [result["params"]["total"] for result in first]
+        flops = [result["flops_per_token"] for result in first]
+        for row, key in zip(axes, ("recall", "val_loss")):
+            columns = [values(runs, kind, key) for kind in titles.values()]
+            draw_line(row[0], parameters, columns, label, color, "o-")
+            draw_line(row[1], flops, columns, label, color, "o-")
+    sizes = {"parameters, million": [0.2, 0.5, 1, 2, 5, 10],
+             "FLOPs per token, million": [1, 2, 5, 10]}
+    for ax, (name, ticks) in zip(axes[1], sizes.items()):
+        ax.set_xscale("log")
+        ax.set_xticks([1e6 * tick for tick in ticks], [f"{tick:g}" for tick in ticks])
+        ax.minorticks_off()
+        ax.set_xlabel(name)
     recall_axis(axes[0, 0])
-    axes[0, 0].set_title("More slots, experts or width? Fitted curves", loc="left")
+    axes[0, 0].set_title("More slots, experts or width?", loc="left")
     axes[0, 0].legend(loc="upper left")
-    axes[0, 1].set_title("The means over FLOPs, joined", loc="left")
     axes[1, 0].set_ylabel("validation loss")
 
 
 def draw_teaching(runs, figure):
     """What is lost when facts are taught, over the number of slots that may learn."""
     ax = figure.subplots()
-    taught = teaching()
+    taught = read("teach")
 
     def columns(name):
-        return [share_lost(edit) for edit in seeds(taught, f"teach-{name}")]
+        return [share_lost(lesson) for lesson in seeds(taught, f"teach-{name}")]
 
     slots = [512, 1024, 2048, 4096, 8192]
     draw_line(ax, slots, [columns(f"slots-{n}") for n in slots], "Values of some slots", GREEN,
@@ -239,7 +221,7 @@ def draw_usage(runs, figure):
         "balance-1e-1-1": ("With it, weight 0.1", ORANGE, ":"),
     }
     panels = {"usage": "Share of the slots that a step reads", "kl": "KL"}
-    used = usage()
+    used = read("usage")
     axes = figure.subplots(1, 2)
     for ax, (key, title) in zip(axes, panels.items()):
         for name, (label, color, style) in kinds.items():

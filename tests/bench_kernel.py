@@ -3,7 +3,7 @@
     python tests/bench_kernel.py                 check the first two against their definitions, then
                                                  print a table
     python tests/bench_kernel.py --plot          and draw the gather's bandwidth to
-                                                 assets/kernel.png
+                                                 docs/kernel.png
     python tests/bench_kernel.py --seconds 0.1   less time for each row, more noise
 
 All of this is bound by memory: there are few FLOPs for each number that is read. So each row says
@@ -39,7 +39,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import kernel
 from kernel import gather, gather_reference, topk_sums, topk_sums_brute_force, topk_sums_reference
-from prepare_data import steady_output
+from support.machine import keep_freed_memory
+from support.table_adamw import adamw_bfloat16_
+from support.terminal import steady_output
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -341,11 +343,10 @@ def measure_selection(bench, n, K, queries, dtype):
 
 
 def measure_adamw(bench, S, D, lookups):
-    """Optimizer steps of a table: torch's in float32, and train.py's in bfloat16. -> rows
+    """Optimizer steps of a table: torch's in float32, and ours in bfloat16. -> rows
 
     lookups: reads in a step. torch.optim.SparseAdam steps the rows that are read, and no others.
     """
-    from train import adamw_bfloat16_
     device = bench.device
     print(f"AdamW on a table of {S} x {D}")
     what = dict(operation="adamw", S=S, D=D)
@@ -455,13 +456,12 @@ def main():
     parser = argparse.ArgumentParser(
         description="check the kernels against their definitions, then time them")
     parser.add_argument("--plot", action="store_true",
-                        help="draw bandwidth over the value dim and the slots to assets/kernel.png")
+                        help="draw bandwidth over the value dim and the slots to docs/kernel.png")
     parser.add_argument("--seconds", type=float, default=0.5, help="for each row of the table")
     args = parser.parse_args()
     if not 0 <= args.seconds < 3600:
         sys.exit(f"bench_kernel.py: --seconds {args.seconds} is not from 0 to 3600")
 
-    from train import keep_freed_memory
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes = ON_GPU if device == "cuda" else ON_CPU
     keep_freed_memory()  # as train.py does
@@ -478,7 +478,7 @@ def main():
           f"a copy moves {copy_rate:.0f} GB/s\n\n{HEADER}")
     rows = measure_all(Bench(device, args.seconds, copy_rate), sizes)
     if args.plot:
-        path = ROOT / "assets" / "kernel.png"
+        path = ROOT / "docs" / "kernel.png"
         plot(rows, sizes, copy_rate, machine, path)
         print(f"drawn: {path}")
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from support import pictures, readers
+
 torch.set_num_threads(1)
 
 
@@ -19,21 +21,28 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session", autouse=True)
 def original_draw():
-    """Keep train.draw from drawing curves.png, in this process and its forks.
+    """Keep pictures.draw from drawing curves.png, in this process and its forks.
 
     To draw one takes longer than the runs of the tests. Yields the function that draws all, for the
     tests of drawing.
     """
-    import train
-    original = train.draw
+    original = pictures.draw
 
     def draw_all_but_curves(folders, path):
         if Path(path).name != "curves.png":
             original(folders, path)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "draw", draw_all_but_curves)
+        patch.setattr(pictures, "draw", draw_all_but_curves)
         yield original
+
+
+@pytest.fixture(scope="module")
+def few_reads():
+    """At the end of a run, read 64 windows for reads.npz: all would take longer than the run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(readers, "WINDOWS_OF_READS", 64)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@
     python tests/measure_gpu.py --minutes 30             # less noise, and the slow steps finish
     python tests/measure_gpu.py --only training          # the steps whose names begin so
     python tests/measure_gpu.py --small                  # tries this script itself; also on a CPU
-    python tests/measure_gpu.py --report assets/gpu.json # prints the tables of docs/speed.md
+    python tests/measure_gpu.py --report runs/results/gpu.json # prints the tables of docs/speed.md
 
 A step is one of STEPS, below. Each runs in a process of its own and has its share of the time that
 is left. So a step that fails, hangs or runs out of GPU memory takes nothing with it. A step hands
@@ -12,7 +12,7 @@ over each number as soon as it has it, and the report is written after each step
 this script, you have what was measured. What a step prints is in its .log file. A second run adds
 to the results of the first, if both use the same --out.
 
-To share your results, put results.json where assets/gpu.json is, then replace the block in
+To share your results, put results.json where runs/results/gpu.json is, then replace the block in
 docs/speed.md by what --report prints.
 """
 import argparse
@@ -42,7 +42,8 @@ import prepare_data
 import time_steps
 import train
 from kernel import gather, topk_sums
-
+from support import files, machine, settings, terminal
+from support.checkpoint import load_checkpoint
 
 # The model in small, to try this script.
 SMALL = ["--n-layer", "2", "--n-head", "2", "--n-embd", "16", "--mem-layers", "1",
@@ -226,7 +227,7 @@ def operations(job):
     copy_rate = bench_kernel.measure_copy(job.device, sizes.copy, min(1, job.seconds / 10))
     # In a hundred seconds that makes 0.1 s for each row: half of the time goes to torch.compile.
     bench = bench_kernel.Bench(job.device, job.seconds / 1000, copy_rate, job.keep)
-    train.keep_freed_memory()
+    machine.keep_freed_memory()
     S = sizes.slots[1]
     D = sizes.dims[-1]
     largest = sizes.half_keys[-1]
@@ -293,12 +294,12 @@ def training(kind, job):
     s = trainer.s
     rate = 1e3 * s.batch_size * s.block_size / middle
     flops = trainer.model.flops_per_token()
-    peak = train.peak_flops(train.describe_hardware(trainer.device), world=1)
+    peak = machine.peak_flops(machine.describe_hardware(trainer.device), world=1)
     job.keep(dict(kind=kind, ms=middle, quartiles=(low, high), steps=len(ms) - WARM_UP,
                   first_step_s=ms[0] / 1e3, tokens_per_s=rate, flops_per_token=flops,
                   MFU=rate * flops / peak if peak else None, micro_batch_size=micro,
                   params=trainer.model.param_counts(),
-                  peak_GiB=train.peak_memory(trainer.device) / 2**30))
+                  peak_GiB=machine.peak_memory(trainer.device) / 2**30))
 
 
 def text_data(job):
@@ -325,7 +326,7 @@ def facts(job):
     The corpus has as many people as make each fact as frequent as in the preset.
     """
     size = []
-    batch = train.preset_settings("facts-gpu", {}).batch_size
+    batch = settings.preset_settings(train.Settings, train.PRESETS["facts-gpu"], {}).batch_size
     if job.small:
         batch = 32
         size = [*SMALL, "--batch-size", str(batch)]
@@ -349,7 +350,8 @@ def facts(job):
 def facts_steps(job, size):
     """How many steps of the memory model and then of the dense one fit into the time."""
     data = job.scratch / "facts-trial"
-    prepare_data.make_facts(str(data), people=10_000, documents=100_000)
+    people, documents = (100, 1000) if job.small else (10_000, 100_000)
+    prepare_data.make_facts(str(data), people=people, documents=documents)
     _, step = time_steps.trainer(["facts-gpu", "--data", str(data), *size])
     step()
     begin = time.perf_counter()
@@ -404,12 +406,12 @@ def check_resume(job, dtype):
         time.sleep(0.01)
     run.kill()
     run.wait()
-    _, state = train.load_checkpoint(broken)
+    _, state = load_checkpoint(broken)
     assert state["step"] < steps, "the run had finished before it was killed"
     must_pass(job.python("train.py", "--resume", "--out-dir", broken))
     largest = 0.0
-    one, _ = train.load_checkpoint(whole)
-    other, _ = train.load_checkpoint(broken)
+    one, _ = load_checkpoint(whole)
+    other, _ = load_checkpoint(broken)
     for a, b in zip(one.state_dict().values(), other.state_dict().values()):
         if not torch.equal(a, b):
             difference = ((a.double() - b.double()).norm() / a.double().norm()).item()
@@ -568,8 +570,8 @@ def measure(names, minutes, out, small):
         shares = [STEPS[later].share for later in names[i:]]
         left = max(end - time.perf_counter(), 0)
         results[name] = run_step(name, left * shares[0] / sum(shares), out, small)
-        train.write_json(out / "results.json", results)
-        train.write_text(out / "report.md", report(results))
+        files.write_json(out / "results.json", results)
+        files.write_text(out / "report.md", report(results))
         print(f"{name:30s}{results[name]['seconds']:6.0f} s   {results[name]['status']}",
               flush=True)
         if results[name]["status"] == STOPPED:
@@ -588,7 +590,7 @@ def load(path):
     """A results.json -> what measure() had written; {} where there is none."""
     if not path.exists():
         return {}
-    with train.reading(path, "delete it, or give another file"):
+    with files.reading(path, "delete it, or give another file"):
         results = json.loads(path.read_text("utf-8"))
         report(results)  # fails if these are other results
     return results
@@ -817,7 +819,7 @@ def stop(number, frame):
 
 
 def main(argv=None):
-    """The command line -> the exit status. What the user can mend is one line on stderr."""
+    """The command line -> the exit status. What the user can fix is one line on stderr."""
     try:
         return run_all(make_parser().parse_args(argv))
     except (ValueError, OSError) as error:
@@ -852,5 +854,5 @@ def run_all(args):
 
 
 if __name__ == "__main__":
-    prepare_data.steady_output()
+    terminal.steady_output()
     sys.exit(main())

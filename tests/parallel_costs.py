@@ -5,17 +5,10 @@
 The table compares the two ways to train one value table on W GPUs:
 
     sliced    each GPU holds some dims of every slot; what travels are slots, weights and outputs
-              of tokens (memory.parallel_bytes), so the number of slots does not matter
+              of tokens (parallel_bytes), so the number of slots does not matter
     whole     each GPU holds the whole table, and averages its gradient with the others
-              (memory.replicated_bytes)
+              (replicated_bytes)
 """
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from memory import parallel_bytes, replicated_bytes
-
 N = 8192  # tokens on each GPU
 R = 128  # reads per token
 D = 2048  # dims of a slot
@@ -24,6 +17,24 @@ LOG2_SLOTS = (20, 22, 24, 26)
 GPUS = (2, 4, 8, 16, 32, 64)
 BYTES_HELD = 10  # per value in bfloat16: 2 and 2 + 2 for the moments, and 4 for the gradient
 GB = 1e9
+
+
+def parallel_bytes(N, R, D, P, number=4):
+    """Bytes that each rank sends (and receives) for one memory layer in one training step.
+
+    N tokens of each rank, R reads per token, P ranks; values and activations of `number` bytes.
+    To each of P - 1 peers go N*R slots, weights and gradients of weights (4 bytes each), and N
+    outputs and N gradients of outputs of D/P numbers. The number of slots S does not appear.
+    """
+    return (P - 1) * (N * R * (4 + 4 + 4) + 2 * N * D * number // P)
+
+
+def replicated_bytes(S, D, W):
+    """Bytes that each of W ranks sends in a training step if each holds the whole table.
+
+    This is a ring all-reduce of the table's float32 gradient.
+    """
+    return 2 * (W - 1) * S * D * 4 // W
 
 
 def table():

@@ -7,7 +7,8 @@ import torch
 
 import train
 from model import GPT, GPTConfig
-from train import load_checkpoint, pick_device
+from support.checkpoint import load_checkpoint, save_checkpoint
+from support.machine import pick_device
 
 SMALL = dict(vocab_size=37, block_size=16, n_layer=3, n_head=2, n_embd=16)
 MEMORY = dict(ffn="memory", mem_layers=(1,), mem_n_keys=6, mem_heads=2, mem_topk=3,
@@ -94,7 +95,7 @@ def old_layout(model, optimizers, s):
 
 
 def go_on(folder):
-    """The model and the optimizers of a checkpoint, as Trainer.load takes them."""
+    """The model and the optimizers of a checkpoint, as Trainer.go_on takes them."""
     model, state = load_checkpoint(folder)
     assert "backend" not in state["settings"]
     s = train.Settings(**state["settings"])
@@ -162,7 +163,7 @@ def test_a_missing_slice_is_named(tmp_path):
 def test_a_saved_checkpoint_has_the_old_layout(kind, tmp_path):
     """Key for key, tensor for tensor: only the settings, and the last line, are more."""
     model, optimizers, s = make_run(**kind)
-    train.save_checkpoint(tmp_path, model, optimizers, 3, 1.5, dataclasses.asdict(s))
+    save_checkpoint(tmp_path, model, optimizers, 3, 1.5, dataclasses.asdict(s))
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
     saved = torch.load(tmp_path / "ckpt.pt", weights_only=True)
     state, tables = old_layout(model, optimizers, s)

@@ -2,6 +2,7 @@
 import contextlib
 import io
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,27 +17,22 @@ from measure_gpu import CHECKS, STEPS, TRAINING, Job, load, report, run_step
 import train
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = ROOT / "tests" / "measure_gpu.py"
-
-
-def call(*argv):
-    return subprocess.run([sys.executable, SCRIPT, *map(str, argv)], capture_output=True, text=True)
 
 
 def run_here(name, out):
     """A step in this process -> its rows. That is faster than in one of its own."""
-    STEPS[name].run(Job(name, seconds=5, out=out, small=True))
+    STEPS[name].run(Job(name, seconds=0.5, out=out, small=True))
     lines = measure_gpu.rows_file(out, name).read_text("utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 
-PYTHON = Job.python
-
-
-def train_here(job, script, *argv, **environment):
-    """Job.python, where a training run does not need a process of its own."""
-    if script != "train.py":
-        return PYTHON(job, script, *argv, **environment)
+def train_here(job, *argv, **environment):
+    """Job.python, in this process: train.py, also where torchrun would start it, with one rank."""
+    argv = list(argv)
+    if argv[0] != "train.py":
+        assert argv[:2] == ["-m", "torch.distributed.run"] and "--nproc_per_node=1" in argv
+        argv = argv[argv.index("train.py"):]
+    argv = argv[1:]
     stdout = io.StringIO()
     stderr = io.StringIO()
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
@@ -45,20 +41,25 @@ def train_here(job, script, *argv, **environment):
 
 
 @pytest.mark.slow
-def test_the_command_and_a_second_one_that_adds_to_it(tmp_path):
+def test_a_command_adds_to_the_results_of_another(tmp_path, capsys, monkeypatch):
+    """The step runs in a process of its own. The results of the first command are made here."""
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
     out = tmp_path / "gpu"
-    for only in ("hardware", "training dense"):
-        done = call("--small", "--minutes", 1, "--only", only, "--out", out)
-        assert done.returncode == 0, done.stderr
+    out.mkdir()
+    first = dict(status="done", seconds=1.0, rows=run_here("hardware", out))
+    (out / "results.json").write_text(json.dumps(dict(hardware=first)), "utf-8")
+    argv = ["--small", "--minutes", "0.5", "--only", "training dense", "--out", str(out)]
+    assert measure_gpu.main(argv) == 0
+    printed = capsys.readouterr().out
     results = load(out / "results.json")
     assert list(results) == ["hardware", "training dense"]
     assert {step["status"] for step in results.values()} == {"done"}
     assert (out / "report.md").read_text("utf-8") == report(results)
-    assert report(results) in done.stdout
+    assert report(results) in printed
     assert "No number here means anything" in report(results)
     row, = results["training dense"]["rows"]
     speed = f"{row['tokens_per_s']:,.0f}"
-    assert f"| dense | {speed} | 1.00 | - | {row['peak_GiB']:.1f} |" in done.stdout
+    assert f"| dense | {speed} | 1.00 | - | {row['peak_GiB']:.1f} |" in printed
     assert not (out / "scratch").exists()
 
 
@@ -171,7 +172,7 @@ def test_speed_md_has_the_report_of_the_published_results():
     page = (ROOT / "docs" / "speed.md").read_text("utf-8")
     begin = "<!-- measure_gpu: begin -->\n"
     block = page[page.index(begin) + len(begin):page.index("<!-- measure_gpu: end -->")]
-    assert block == report(load(ROOT / "assets" / "gpu.json"))
+    assert block == report(load(ROOT / "runs" / "results" / "gpu.json"))
 
 
 def test_bad_arguments_are_one_line(tmp_path, capsys):

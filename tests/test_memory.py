@@ -9,15 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from memory import (
-    PEER,
-    HashedMemory,
-    MemoryTable,
-    MixtureOfExperts,
-    ProductKeyMemory,
-    brute_force_topk,
-    product_key_topk,
-)
+from memory import MemoryTable, ProductKeyMemory, brute_force_topk, product_key_topk
+from support.rivals import PEER, HashedMemory, MixtureOfExperts, UltraMem
 
 
 def close(got, want, tolerance=1e-5):
@@ -244,14 +237,15 @@ def test_every_layer_draws_its_own_weights():
     try:
         table = MemoryTable(6, 12)
         layers = [ProductKeyMemory(12, table, topk=4), HashedMemory(12, table),
-                  PEER(12, MemoryTable(6, 24), topk=4), MixtureOfExperts(12, 8, 5, 2)]
+                  UltraMem(12, table, topk=4), PEER(12, MemoryTable(6, 24), topk=4),
+                  MixtureOfExperts(12, 8, 5, 2)]
     finally:
         torch.use_deterministic_algorithms(False)
     assert table.values.isfinite().all()
     for layer in layers:
         for name, p in layer.named_parameters():
             assert p.isfinite().all(), name
-            assert p.std() > 0, name
+            assert p.std() > 0 or name == "core", name  # the core of UltraMem starts even
 
 
 class TwoLayers(torch.nn.Module):
@@ -288,12 +282,12 @@ def test_layers_learn_outside_the_gpt():
     model = TwoLayers(16)
     x = torch.randn(1, 30, 16)
     y = torch.randn(1, 30, 16)
-    groups = [dict(params=model.layers.parameters(), lr=1e-2),
-              dict(params=model.table.parameters(), lr=4e-2, weight_decay=0.0)]
+    groups = [dict(params=model.layers.parameters(), lr=2e-2),
+              dict(params=model.table.parameters(), lr=1e-1, weight_decay=0.0)]
     optimizer = torch.optim.AdamW(groups)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     losses = []
-    for _ in range(150):
+    for _ in range(60):
         loss = (model(x) - y).square().mean()
         loss.backward()
         optimizer.step()

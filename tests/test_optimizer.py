@@ -7,11 +7,13 @@ import shutil
 
 import pytest
 import torch
+import torch._inductor.config as inductor_config
 
 import train
 from memory import MemoryTable, ProductKeyMemory
 from model import GPT
-from train import TableAdamW, adamw_bfloat16_, round_randomly, scramble
+from support import table_adamw
+from support.table_adamw import TableAdamW, adamw_bfloat16_, round_randomly, scramble
 
 BETAS = (0.9, 0.99)
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -89,18 +91,18 @@ def test_a_large_table_goes_in_parts(monkeypatch):
     at_once = [x.clone() for x in in_parts]
     values_want, _, _ = formula(*in_parts, step=1, lr=1e-2, scale=1.0)
     rows = []
-    update = train.update_bfloat16_
+    update = table_adamw.update_bfloat16_
 
     def recording(values, *args, **kwargs):
         rows.append(len(values))
         update(values, *args, **kwargs)
-    monkeypatch.setattr(train, "update_bfloat16_", recording)
+    monkeypatch.setattr(table_adamw, "update_bfloat16_", recording)
     adamw_bfloat16_(*in_parts, 1, 1e-2, *BETAS)
     assert rows == [2048, 52]
     close(in_parts[0].float(), values_want, 2**-7)
 
     # A compiled step takes all rows at once. Here it is not compiled.
-    monkeypatch.setattr(train, "compiled_update", lambda: recording)
+    monkeypatch.setattr(table_adamw, "compiled_update", lambda: recording)
     adamw_bfloat16_(*at_once, 1, 1e-2, *BETAS, compile=True)
     assert rows == [2048, 52, 2100]
     for got, want in zip(in_parts, at_once):
@@ -119,18 +121,18 @@ def test_nan_stays_nan(bits, device):
 
 
 def test_random_rounding_keeps_the_mean():
-    """A thousand steps of 1e-5, where the neighbours of 1 in bfloat16 are 1/128 apart."""
+    """300 steps of 1e-5, where the neighbours of 1 in bfloat16 are 1/128 apart."""
     values = torch.ones(100, 100, dtype=torch.bfloat16)
     to_the_nearest = (values.float() + 1e-5).bfloat16()
     assert torch.equal(values, to_the_nearest), "to the nearest, nothing would ever move"
     exp_avg = torch.zeros_like(values)
     exp_avg_sq = torch.zeros_like(values)
-    for step in range(1, 1001):  # the gradient is always the same, so AdamW moves by lr
+    for step in range(1, 301):  # the gradient is always the same, so AdamW moves by lr
         grad_sum = torch.full((100, 100), -0.5)
         adamw_bfloat16_(values, grad_sum, exp_avg, exp_avg_sq, step, 1e-5, *BETAS)
     moved = values.double() - 1  # 0 or 1/128 or, twice lucky, more
     spread = (moved.var() / moved.numel()).sqrt()
-    assert abs(moved.mean() - 0.01) < 5 * spread < 1e-3, (moved.mean(), spread)
+    assert abs(moved.mean() - 0.003) < 5 * spread < 5e-4, (moved.mean(), spread)
 
 
 def test_it_follows_float32():
@@ -155,9 +157,9 @@ def test_it_follows_float32():
 def fresh_compiler():
     """Nothing that another test has compiled, and nothing left behind."""
     torch._dynamo.reset()
-    train.compiled_update.cache_clear()
+    table_adamw.compiled_update.cache_clear()
     yield
-    train.compiled_update.cache_clear()
+    table_adamw.compiled_update.cache_clear()
 
 
 def train_tables(compile, device="cpu", steps=5):
@@ -207,7 +209,7 @@ def test_it_compiles_with_cuda_unless_told_otherwise():
 @each_device
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler for torch.compile")
 def test_compiled_code_gives_the_same_numbers(fresh_compiler, device):
-    """What torch.compile makes of it by default. On an x86 CPU with torch 2.13: the same bits.
+    """What torch.compile makes of it. On an x86 CPU with torch 2.13: the same bits.
 
     Another machine may multiply and add in one instruction. Then a few numbers are one place of
     bfloat16 off, where the noise just did, or did not, round them up.
@@ -215,7 +217,9 @@ def test_compiled_code_gives_the_same_numbers(fresh_compiler, device):
     plain = make_case(device=device)
     fast = make_case(device=device)
     adamw_bfloat16_(*plain, 3, 1e-2, *BETAS, scale=0.5)
-    adamw_bfloat16_(*fast, 3, 1e-2, *BETAS, scale=0.5, compile=True)
+    # Smaller kernels, which take a fifth of the time to compile.
+    with inductor_config.patch(realize_opcount_threshold=10):
+        adamw_bfloat16_(*fast, 3, 1e-2, *BETAS, scale=0.5, compile=True)
     for a, b in zip(plain, fast):
         same = (a == b).float().mean()
         assert same > 0.99, f"{1 - same:.1%} of the numbers differ"
@@ -234,15 +238,15 @@ def recorded_noise(step, S, W, first_column=0):
     zeros = [torch.zeros(S, W, dtype=torch.bfloat16) for _ in range(3)]
     values, exp_avg, exp_avg_sq = zeros
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "round_randomly", rounding)
+        patch.setattr(table_adamw, "round_randomly", rounding)
         adamw_bfloat16_(values, torch.zeros(S, W), exp_avg, exp_avg_sq, step, 1e-2, *BETAS,
                         first_column=first_column)
     return torch.stack(record)
 
 
-def noise_of_a_place():
-    """Of the same place in 4,096 steps (3, 4096, 1)."""
-    return torch.cat([recorded_noise(step, 1, 1) for step in range(1, 4097)], dim=1)
+def noise_of_places():
+    """Of the same 16 places in 256 steps (3, 256, 16)."""
+    return torch.cat([recorded_noise(step, 1, 16) for step in range(1, 257)], dim=1)
 
 
 NOISE = {
@@ -250,7 +254,7 @@ NOISE = {
     "a row": lambda: recorded_noise(2, 1, 4096),
     "a column": lambda: recorded_noise(5000, 4096, 1),
     "a later slice": lambda: recorded_noise(3, 64, 64, first_column=2**20),
-    "a place": noise_of_a_place,
+    "the same places": noise_of_places,
 }
 
 

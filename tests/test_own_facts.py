@@ -12,6 +12,7 @@ import pytest
 import prepare_data
 import sample
 import train
+from support import data_folder, own_facts, recall
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "real_facts"
 PATTERNS = """relation\tpattern
@@ -45,7 +46,7 @@ def made(folder):
     with np.load(folder / "data" / "recall.npz") as arrays:
         facts = dict(arrays)
     tok = prepare_data.load_tokenizer(folder / "data")
-    window = prepare_data.read_meta(folder / "data")["window"]
+    window = data_folder.read_meta(folder / "data")["window"]
     counts = []
     for split in ("train", "val"):
         tokens = np.fromfile(folder / "data" / f"{split}.bin", "<u2")
@@ -93,7 +94,7 @@ def test_the_folder_has_what_the_tables_say(folder, tokenizer):
 def test_the_longest_sentence_sets_the_window(folder):
     assert make(folder, "--tokenizer", "bytes") == 0
     longest = "Old Mill was founded by Ada Byron Ltd."
-    assert prepare_data.read_meta(folder / "data")["window"] == len(longest) + 1
+    assert data_folder.read_meta(folder / "data")["window"] == len(longest) + 1
 
 
 def test_counts_are_exact(folder):
@@ -117,7 +118,7 @@ def test_how_many_subjects_have_a_token_of_their_own(folder, capsys, tokenizer, 
     assert make(folder, "--control", "0", "--tokenizer", tokenizer) == 0
     said = f"\n{percent}% of the subjects have a token that no other subject has"
     assert said in capsys.readouterr().out
-    assert prepare_data.read_meta(folder / "data")["subjects_with_own_token"] == percent / 100
+    assert data_folder.read_meta(folder / "data")["subjects_with_own_token"] == percent / 100
 
 
 def test_the_long_tail_begins_after_the_control(folder):
@@ -144,7 +145,7 @@ def test_the_control_is_never_in_the_text(folder):
     for text in counts[0] | counts[1]:
         assert text.split()[0] not in never
     assert (facts["exposures"][facts["control"]] == 0).all()
-    meta = prepare_data.read_meta(folder / "data")
+    meta = data_folder.read_meta(folder / "data")
     assert meta["answers"] == pytest.approx(5)
     # The long tail: the text is not even, and every fact has its chance.
     rest = facts["exposures"][~facts["control"]]
@@ -190,7 +191,7 @@ def test_wrong_rows_are_named(folder, capsys, table, line, said):
     assert make(folder) == 1
     *rows, last = capsys.readouterr().err.splitlines()
     assert len(rows) == 1 and said in rows[0]
-    assert last == "prepare_data.py: 1 wrong rows, of which the first ones stand above: mend them"
+    assert last == "prepare_data.py: 1 wrong rows, of which the first ones stand above: fix them"
     assert not (folder / "data").exists()
 
 
@@ -271,14 +272,15 @@ def test_a_sentence_that_is_too_long_is_left_out(folder, capsys):
     assert facts["has_unseen"].tolist() == [False, True, True]
 
 
-def test_a_run_learns_and_answers(folder, capsys):
+def test_a_run_learns_and_answers(folder, capsys, few_reads):
     """From the tables to the answer, with facts that have no control and no unseen phrasing."""
     header, capital, _, _, founder = PATTERNS.splitlines()
     (folder / "p.tsv").write_text("\n".join((header, capital, founder)))
     assert make(folder, "--control", "0") == 0
     out = folder / "run"
-    small = ("--max-steps 60 --warmup-steps 5 --batch-size 16 --n-layer 2 --n-embd 32 --n-head 2 "
-             "--mem-layers 1 --mem-n-keys 16 --mem-topk 4 --mem-heads 2 --device cpu").split()
+    small = ("--max-steps 25 --warmup-steps 2 --batch-size 16 --n-layer 2 --n-embd 16 --n-head 2 "
+             "--mem-layers 1 --mem-n-keys 8 --mem-topk 4 --mem-heads 1 --learning-rate 2e-2 "
+             "--eval-windows 64 --device cpu").split()
     assert train.main(["--data", str(folder / "data"), "--out-dir", str(out), *small]) == 0
     printed = capsys.readouterr().out
     assert "recall_unseen" not in printed and "(control)" not in printed
@@ -315,7 +317,7 @@ def test_names_of_one_word(tmp_path):
     out = tmp_path / "single"
     small = "--people 9000 --control 100 --documents 50 --val-documents 20 --relations 1".split()
     assert prepare_data.main(["facts", "--out", str(out), *small, "--names", "single"]) == 0
-    facts = train.read_facts(out)
+    facts = recall.read_facts(out)
     assert len(set(facts["subject"].tolist())) == 9100
     tok = prepare_data.load_tokenizer(out)
     assert all(len(tok.encode(name)) == 1 for name in facts["subject"])
@@ -328,12 +330,19 @@ def test_an_unknown_kind_of_names(tmp_path, capsys):
 
 @pytest.mark.skipif(not REAL.exists(), reason="no sample data here")
 def test_real_facts(tmp_path):
+    """All rows can be used. The corpus is made of every fifth one."""
+    facts, patterns = own_facts.read_own_facts(REAL / "facts.tsv", REAL / "patterns.tsv")
+    assert len(facts) > 11_000
+    assert all(len(known) > 1 for known in patterns.values())
+    header, *rows = (REAL / "facts.tsv").read_text("utf-8").splitlines()
+    few = tmp_path / "facts.tsv"
+    few.write_text("\n".join([header, *rows[::5]]), "utf-8")
     out = tmp_path / "real"
-    tables = [str(REAL / "facts.tsv"), str(REAL / "patterns.tsv")]
+    tables = [str(few), str(REAL / "patterns.tsv")]
     assert prepare_data.main(["facts", "--from-file", *tables, "--out", str(out)]) == 0
-    facts = train.read_facts(out)
-    meta = prepare_data.read_meta(out)
-    assert len(facts["subject"]) > 11_000
+    facts = recall.read_facts(out)
+    meta = data_folder.read_meta(out)
+    assert len(facts["subject"]) > 2_200
     assert facts["has_unseen"].all()
     assert facts["control"].mean() == pytest.approx(0.025, abs=0.001)
     assert 1 < math.log2(meta["answers"]) < 12

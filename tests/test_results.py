@@ -1,7 +1,7 @@
-"""What docs/ says is true: its tables are those of runs/report.py, its claims are recomputed, and
-the scripts in runs/ train what the tables need (test_runs.py has the rest about the scripts)."""
+"""What docs/ says is true: its tables are those of runs/report.py, and the numbers and comparisons
+in its prose are computed anew. (test_runs.py has what concerns the scripts in runs/.)"""
 import json
-import os
+import math
 import re
 import statistics
 import subprocess
@@ -17,32 +17,15 @@ import pictures
 import report
 import results
 import train
+from results import DENSE, EXPERTS, MAIN, SLOTS, TEXT, TEXTS, TWICE, recall_at, training_time
+from support import run_folder
 
-RUNS = results.load()
+RUNS = results.read("facts")
+TAUGHT = results.read("teach")
+USAGE = results.read("usage")
 RESULTS = (ROOT / "docs" / "results.md").read_text("utf-8")
+APPENDIX = (ROOT / "docs" / "appendix.md").read_text("utf-8")
 PARALLEL = (ROOT / "docs" / "parallel.md").read_text("utf-8")
-SCRIPTS = ["baselines.sh", "names.sh", "tune.sh", "slots.sh", "scaling.sh", "deep.sh",
-           "balance.sh", "variants.sh", "bfloat16.sh", "own_facts.sh FACTS.tsv PATTERNS.tsv",
-           "text.sh STORIES.txt WEB.txt", "two_ranks.sh"]
-
-
-def plain(text):
-    """A text without line breaks, so that a sentence is found wherever it is wrapped."""
-    return " ".join(text.split())
-
-
-def mean(kind, key):
-    return statistics.mean(results.values(RUNS, kind, key))
-
-
-def spread(kind, key, digits):
-    return results.spread(results.values(RUNS, kind, key), digits)
-
-
-def says(text, *sentences):
-    """Every sentence stands in the text."""
-    for sentence in sentences:
-        assert sentence in plain(text), sentence
 
 
 # ---- tables
@@ -52,6 +35,11 @@ def says(text, *sentences):
 def test_the_tables_are_what_report_writes(file, table):
     text = (ROOT / file).read_text("utf-8")
     assert report.with_table(text, table, RUNS) == text
+
+
+def test_every_table_stands_in_a_document():
+    made = {name for name in vars(report) if name.endswith("_table") and name != "with_table"}
+    assert made == {table.__name__ for tables in report.TABLES.values() for table in tables}
 
 
 def test_a_table_replaces_the_old_one():
@@ -85,21 +73,13 @@ def test_nothing_is_written_if_a_table_cannot_be_made(tmp_path, monkeypatch):
 
 
 def test_a_kind_of_one_seed_has_no_spread():
-    with pytest.raises(ValueError, match=r"there are 1 run\(s\) named odd-SEED .* at least 2: run"):
+    with pytest.raises(ValueError, match=r"has 1 run\(s\) named odd-SEED, .* needs two: run"):
         results.seeds({"odd-1": {}, "odd-1337": {}}, "odd")
 
 
-def test_a_sentence_that_no_longer_holds_is_refused():
-    worse = {name: dict(run, recall=0.01) if name.startswith("facts-memory") else run
-             for name, run in RUNS.items()}
-    with pytest.raises(ValueError, match="must be written anew: hash, Memory, UltraMem, "):
-        report.main_text(worse)
-
-
 def test_every_kind_has_three_seeds():
-    kinds = results.MAIN | results.SLOTS | results.DENSE | results.EXPERTS | results.DEEP
-    kinds = [*kinds.values()]
-    kinds += [f"text-{text}-{kind}" for text in results.TEXTS for kind in results.TEXT.values()]
+    kinds = [*(MAIN | SLOTS | DENSE | EXPERTS | results.DEEP).values()]
+    kinds += [f"text-{text}-{name}" for text in TEXTS for name in TEXT.values()]
     for kind in kinds:
         assert len(results.seeds(RUNS, kind)) >= 3, kind
 
@@ -107,9 +87,9 @@ def test_every_kind_has_three_seeds():
 def test_what_the_first_command_prints():
     run = RUNS["facts-memory-1337"]
     added = ("vocab_size", "block_size", "max_steps", *results.RATES)  # by results.collect
-    run = {k: v for k, v in run.items() if k not in added}
+    run = {key: value for key, value in run.items() if key not in added}
     assert train.read_settings([])[0].seed == run["seed"]
-    assert f"\n{train.report(run)}\n" in RESULTS
+    assert f"\n{run_folder.report(run)}\n" in APPENDIX
 
 
 def test_the_costs_of_parallel_memory_are_those_the_script_prints(tmp_path):
@@ -119,218 +99,545 @@ def test_the_costs_of_parallel_memory_are_those_the_script_prints(tmp_path):
     assert f"```\n{done.stdout}```" in PARALLEL
 
 
-# ---- claims
+# ---- the numbers in the prose
+
+def prose(text):
+    """What is written by hand in a document, without its formatting, on one line."""
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    lines = [line for line in text.splitlines() if not line.startswith(("|", "<!--"))]
+    text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", "\n".join(lines))  # links without addresses
+    return " ".join(text.replace("**", "").split())
+
+
+def mean(kind, key="recall"):
+    return results.mean(RUNS, kind, key)
+
+
+def deviation(kind, key="recall"):
+    return statistics.stdev(results.values(RUNS, kind, key))
+
+
+def mean_and_deviation(numbers):
+    """For "{:.3f} ± {:.3f}"."""
+    return statistics.mean(numbers), statistics.stdev(numbers)
+
+
+def both(kind, key="recall"):
+    return mean_and_deviation(results.values(RUNS, kind, key))
+
+
+def ratio(kind, other):
+    """How many times as many facts one kind recalls as another."""
+    return mean(kind) / mean(other)
+
+
+def recalls(*kinds):
+    return [mean(kind) for kind in kinds]
+
+
+def time(kind):
+    return training_time(RUNS, kind)
+
+
+def read(kind, times):
+    """Mean recall of the facts of a row by exposures, over the seeds."""
+    return statistics.mean(recall_at(result, times) for result in results.seeds(RUNS, kind))
+
+
+def read_once(kind):
+    """Of the facts that were read once."""
+    return mean_and_deviation([recall_at(result, 1) for result in results.seeds(RUNS, kind)])
+
+
+def parameters(kind):
+    return report.parameters(RUNS, kind)
+
+
+def flops(kind):
+    return report.flops(RUNS, kind)
+
+
+def of_memory_as_large(kind, of):
+    """of(...) of a table with the parameters of `kind`, interpolated over their logarithm."""
+    sizes = [parameters(table) for table in SLOTS.values()]
+    return np.interp(np.log(parameters(kind)), np.log(sizes), [of(t) for t in SLOTS.values()])
+
+
+def losses(title):
+    """The loss of a kind of TEXT on stories and on web pages."""
+    return [mean(f"text-{text}-{TEXT[title]}", "val_loss") for text in TEXTS]
+
+
+def above_dense(title):
+    """By how much its loss is above that of dense at equal time, on stories and on web pages."""
+    return [loss - results.dense_for_as_long(RUNS, text, results.text_time(RUNS, text, title))
+            for text, loss in zip(TEXTS, losses(title))]
+
+
+def factor(name):
+    """The rate of the table of a run over that of the rest."""
+    return RUNS[name]["value_lr"] / RUNS[name]["learning_rate"]
+
+
+def recall_of(*names):
+    return [RUNS[name]["recall"] for name in names]
+
+
+def loss_of(*names):
+    return [RUNS[name]["val_loss"] for name in names]
+
+
+def lost(kind):
+    """The share of the old facts that teaching loses."""
+    return statistics.mean(results.share_lost(lesson) for lesson in results.seeds(TAUGHT, kind))
+
+
+def predicted_by_the_others(kinds):
+    """The recall of the last kind by a line through the seeds of the others.
+
+    The line is one for the log-odds of recall over the logarithm of the parameters.
+    """
+    points = [(np.log(parameters(kind)), np.log(recall / (1 - recall)))
+              for kind in kinds[:-1] for recall in results.values(RUNS, kind, "recall")]
+    line = np.polyfit(*zip(*points), 1)
+    return 1 / (1 + np.exp(-np.polyval(line, np.log(parameters(kinds[-1])))))
+
+
+WIDER = ["facts-dense2", "facts-dense4", "facts-dense208"]
+WITHOUT = RUNS["facts-n512-1"]  # without a loss against uneven use
+TOKENS = WITHOUT["tokens"] / WITHOUT["max_steps"]  # of a step
+READ_AT_MOST = TOKENS * 128 / 512**2
+ONCE = [read(kind, 1) for kind in MAIN.values()]
+HALF_RATE = ["tune-own-words-dense-6e-3", "own-words-dense-6e-3-2", "own-words-dense-6e-3-3"]
+
+# A sentence, or a part of one, and the numbers that belong into it.
+CLAIMS = [
+    # The main result
+    ("a guess is right {:.1%} of the time", [1 / 64]),
+    ("At equal tokens and FLOPs, Memory recalls {:.1f} times as many facts as dense. The hash "
+     "recalls {:.1f} times as many, UltraMem {:.1f} times, PEER {:.1f} times and MoE {:.1f} times.",
+     [ratio(f"facts-{kind}", "facts-dense")
+      for kind in ("memory", "hash", "ultramem", "peer", "moe")]),
+    ("At equal time, Memory recalls {:.1f} times as many facts as dense.",
+     [ratio("facts-memory", "facts-dense-long")]),
+    ("Memory recalls {:.1f} times as many facts as dense with twice the FLOPs, and {:.1f} times as "
+     "many as dense with four times the FLOPs. With 65,536 slots, the ratios are {:.1f} and "
+     "{:.1f}.",
+     [ratio(kind, dense) for kind in ("facts-memory", "facts-n256")
+      for dense in ("facts-dense2", "facts-dense4")]),
+    ("Memory stores fewer bits per parameter: {:.3f}. The dense model of the same width is a sixth "
+     "as large and stores {:.3f}. But the dense model with eight times the FLOPs is larger than "
+     "Memory, and stores only {:.3f}.",
+     [mean(kind, "bits_per_param") for kind in ("facts-memory", "facts-dense", "facts-dense208")]),
+    ("those that were read once: recall is {:.2f} to {:.2f}.",
+     [min(ONCE), max(ONCE)]),
+    # More slots
+    ("With 65,536 slots the model recalls {:.1f} times as many facts as dense, with 262,144 slots "
+     "{:.1f} times.", [ratio("facts-n256", "facts-dense"), ratio("facts-n512", "facts-dense")]),
+    ("262,144 slots recall {:.3f} ± {:.3f}. Dense recalls {:.3f} ± {:.3f}, which is no more than "
+     "guessing.", [*read_once("facts-n512"), *read_once("facts-dense")]),
+    ("With 65,536 slots the model has {:.0f} times the parameters of dense, with 262,144 slots "
+     "{:.0f} times. The largest table costs only {:.0%} more FLOPs than the smallest. But it "
+     "trains {:.2f} times as long as dense, longer than dense with four times the FLOPs ({:.2f}).",
+     [parameters("facts-n256") / parameters("facts-dense"),
+      parameters("facts-n512") / parameters("facts-dense"),
+      flops("facts-n512") / flops("facts-n32") - 1, time("facts-n512"), time("facts-dense4")]),
+    ("At {:.1f} M both recall {:.2f}. At {:.1f} M memory recalls {:.2f} and dense {:.2f}, at "
+     "{:.1f} M {:.2f} and {:.2f}.",
+     [parameters(WIDER[0]) / 1e6, mean(WIDER[0]),
+      parameters(WIDER[1]) / 1e6, of_memory_as_large(WIDER[1], mean), mean(WIDER[1]),
+      parameters(WIDER[2]) / 1e6, of_memory_as_large(WIDER[2], mean), mean(WIDER[2])]),
+    ("These dense models take {:.1f}, {:.1f} and {:.1f} times the FLOPs of memory.",
+     [flops(kind) / of_memory_as_large(kind, flops) for kind in WIDER]),
+    ("At about equal FLOPs, {:.1f} to {:.1f} M per token, dense recalls {:.2f} and memory {:.2f} "
+     "to {:.2f}.", [flops("facts-n32") / 1e6, flops("facts-n512") / 1e6,
+                 *recalls("facts-dense", "facts-n32", "facts-n512")]),
+    ("At equal recall, dense takes {:.1f} M FLOPs per token and trains {:.2f} times as long as the "
+     "small dense model. Memory with 16,384 slots takes {:.1f} M FLOPs and trains {:.2f} times as "
+     "long.", [flops("facts-dense208") / 1e6, time("facts-dense208"),
+               flops("facts-memory") / 1e6, time("facts-memory")]),
+    ("The three mixtures recall {:.2f}, {:.2f} and {:.2f}. The tables of the same sizes recall "
+     "{:.2f}, {:.2f} and {:.2f}.",
+     recalls(*EXPERTS.values(), "facts-n64", "facts-memory", "facts-n256")),
+    ("predicts {:.2f} for 262,144 slots. We measured {:.2f}. For the widest dense model, the line "
+     "predicts {:.2f} and we measured {:.2f}.",
+     [predicted_by_the_others([*SLOTS.values()]), mean("facts-n512"),
+      predicted_by_the_others([*DENSE.values()]), mean("facts-dense208")]),
+    # Names
+    ("the hash loses. It recalls {:.3f}, and Memory recalls {:.3f}.",
+     recalls("apart-hash", "apart-memory")),
+    ("they recall {:.3f} and {:.3f}, which is within the spread. The hash recalls {:.3f}.",
+     recalls("single-dense", "single-memory", "single-hash")),
+    # Real facts
+    ("Of the facts that were read 64 to 127 times, dense recalls {:.2f}, Memory {:.2f} and MoE "
+     "{:.2f}.", [read(f"own-bytes-{kind}", 64) for kind in ("dense", "memory", "moe")]),
+    ("Of all facts, dense recalls {:.2f}, which is what guessing gives ({:.2f}). Memory recalls "
+     "{:.2f} and MoE {:.2f}.",
+     [mean("own-bytes-dense"),
+      statistics.mean(mean(f"own-bytes-{kind}", "recall_control") for kind in results.OWN.values()),
+      *recalls("own-bytes-memory", "own-bytes-moe")]),
+    ("With bytes, the hash is far ahead ({:.2f})", recalls("own-bytes-hash")),
+    ("and it has only {:,} steps.", [RUNS["own-bytes-memory-1"]["max_steps"]]),
+    ("Dense recalls {:.2f}, Memory {:.2f}, MoE {:.2f} and the hash {:.2f}. The seeds of dense "
+     "differ widely: one of them recalls {:.2f}. Most of the {:,} words are names, and the {:.2f} "
+     "M parameters of their embeddings",
+     [*recalls(*[f"own-words-{kind}" for kind in ("dense", "memory", "moe", "hash")]),
+      min(results.values(RUNS, "own-words-dense", "recall")),
+      RUNS["own-words-dense-1"]["vocab_size"],
+      RUNS["own-words-dense-1"]["params"]["embedding"] / 1e6]),
+    ("it recalls {:.2f} instead of {:.2f} here, and {:.2f} instead of {:.2f} in the invented "
+     "corpus. If none has one, Memory adds more, for facts that are read often enough: {:.2f} "
+     "instead of {:.2f} here (64 to 127 times), and {:.2f} instead of {:.2f} there.",
+     [*recalls("own-words-memory", "own-words-dense", "single-memory", "single-dense"),
+      read("own-bytes-memory", 64), read("own-bytes-dense", 64),
+      *recalls("facts-memory", "facts-dense")]),
+    ("three seeds of dense recall {:.3f} ± {:.3f}, with a loss of {:.3f} ± {:.3f}.",
+     [*mean_and_deviation(recall_of(*HALF_RATE)), *mean_and_deviation(loss_of(*HALF_RATE))]),
+    # Ordinary text
+    ("Its loss is {:.2f} on stories and {:.2f} on pages. Dense has {:.2f} and {:.2f}, and with "
+     "twice the steps {:.2f} and {:.2f}.",
+     [*losses("hash"), *losses("dense"), *losses("dense" + TWICE)]),
+    ("Memory has {:.2f} and {:.2f}, Memory+ {:.2f} and {:.2f}, MoE {:.2f} and {:.2f}.",
+     [*losses("Memory"), *losses("Memory+"), *losses("MoE")]),
+    ("its loss is {:.2f} higher on pages. The loss of Memory+ is {:.2f} and {:.2f} higher, that of "
+     "MoE {:.2f} and {:.2f}.",
+     [above_dense("Memory")[1], *above_dense("Memory+"), *above_dense("MoE")]),
+    ("the loss of Memory+ is {:.2f} below that of dense on stories, where the seeds overlap, and "
+     "{:.2f} on pages",
+     [dense - plus for dense, plus in zip(losses("dense" + TWICE), losses("Memory+" + TWICE))]),
+    ("read {:.1f} to {:.0f} million tokens.", [RUNS["text-stories-dense-1"]["tokens"] / 1e6,
+                                               RUNS["text-web-dense-long-1"]["tokens"] / 1e6]),
+    # Deeper models
+    ("Memory with one layer recalls {:.3f} ± {:.3f}, with three layers {:.3f} ± {:.3f}, Memory+ "
+     "with three layers {:.3f} ± {:.3f} and dense {:.3f} ± {:.3f}.",
+     [number for kind in ("memory", "three", "plus", "dense") for number in both(f"deep-{kind}")]),
+    ("With three blocks, Memory recalls {:.3f} and dense {:.3f}.",
+     recalls("facts-memory", "facts-dense")),
+    ("the loss is {:.3f} without both, {:.3f} without the gate, {:.3f} without the norm, and "
+     "{:.3f} with both. At 3e-3, the best rate of Memory, it is {:.3f} without both and {:.3f} "
+     "with both.",
+     loss_of("tune-deep-three-1.5e-3-1.6e-1", "deep-norm-1", "deep-gate-1", "deep-plus-1",
+             "tune-deep-three-3e-3-1.6e-1", "tune-deep-plus-3e-3-1.6e-1")),
+    ("The best loss is then {:.3f} instead of {:.3f}. At equal rates it is lower once ({:.3f} "
+     "instead of {:.3f}, at 3e-3) and higher once ({:.3f} instead of {:.3f}, at 1.5e-3).",
+     loss_of("deep-open-1", "deep-plus-1", "deep-open-1", "tune-deep-plus-3e-3-1.6e-1",
+             "tune-deep-open-1.5e-3-1.6e-1", "deep-plus-1")),
+    # Teaching
+    ("With 4,096 slots, {:.1%} of the old facts are lost. If the whole model learns, at a rate of "
+     "1e-4, {:.0%} are lost: about {:.0f} times as many.",
+     [lost("teach-slots-4096"), lost("teach-full-1e-4"),
+      round(lost("teach-full-1e-4") / lost("teach-slots-4096"), -1)]),
+    ("If all values learn, just as little is lost ({:.1%}).", [lost("teach-all-values-3")]),
+    ("512 slots learn {:.0f} facts.",
+     [statistics.mean(100 * lesson["after"][0]
+                      for lesson in results.seeds(TAUGHT, "teach-slots-512"))]),
+    # Negative results
+    ("The hash recalls {:.1f} times as many facts as Memory in the default corpus, in less time.",
+     [ratio("facts-hash", "facts-memory")]),
+    ("dense recalls as much as Memory ({:.3f} and {:.3f}).",
+     recalls("single-dense", "single-memory")),
+    ("a mixture of experts recalls no less than Memory ({:.3f} and {:.3f}). The hash recalls "
+     "{:.3f}.", recalls("own-bytes-moe", "own-bytes-memory", "own-bytes-hash")),
+    ("On web pages its loss is {:.2f}, that of dense {:.2f} and that of Memory {:.2f}.",
+     [losses(title)[1] for title in ("hash", "dense", "Memory")]),
+    ("Memory+ recalls no more than Memory on the invented facts ({:.3f} and {:.3f}), and its table "
+     "needs a rate {:.0f} times as high. With 8 blocks and three layers it recalls {:.3f}, Memory "
+     "with one layer {:.3f}.",
+     [*recalls("facts-plus", "facts-memory"),
+      RUNS["facts-plus-1"]["value_lr"] / RUNS["facts-memory-1"]["value_lr"],
+      *recalls("deep-plus", "deep-memory")]),
+    ("but recalls less than Memory ({:.3f} and {:.3f}) and takes longer.",
+     recalls("facts-ultramem", "facts-memory")),
+    ("at equal time the gain over dense falls from {:.1f} times to {:.1f} times.",
+     [ratio("facts-memory", "facts-dense"), ratio("facts-memory", "facts-dense-long")]),
+    ("1,024 slots recall no more than dense ({:.3f} and {:.3f}).",
+     recalls("facts-n32", "facts-dense")),
+    ("Memory varies more from seed to seed than dense ({:.3f} and {:.3f}).",
+     [deviation("facts-memory"), deviation("facts-dense")]),
+    # Which settings?
+    ("With {:.0f}, {:.0f}, {:.0f}, {:.0f} and {:.0f} slots per 100 facts, recall is {:.2f}, "
+     "{:.2f}, {:.2f}, {:.2f} and {:.2f}.",
+     [*[int(slots.replace(",", "")) / 400 for slots in SLOTS], *recalls(*SLOTS.values())]),
+    ("recall falls from {:.2f} to {:.2f}, and training takes {:.2f} times as long as dense instead "
+     "of {:.2f} times.",
+     [*recalls("facts-memory", "facts-k8"), time("facts-k8"), time("facts-memory")]),
+    ("give the table {:.0f} times that.", [factor("facts-memory-1")]),
+    ("The best factor of Memory was {:.0f} on real facts with words, {:.0f} with bytes, and {:.0f} "
+     "and {:.0f} on ordinary text. For Memory+ it was {:,.0f} in three blocks and {:.0f} in eight.",
+     [factor(f"{name}-1") for name in (
+         "own-words-memory", "own-bytes-memory", "text-stories-memory", "text-web-memory",
+         "facts-plus", "deep-plus")]),
+    ("Two layers that share the table recall {:.2f} with as many reads in all, one layer {:.2f}",
+     recall_of("variant-two-layers", "facts-memory-1")),
+    # Is the table used?
+    ("A step reads {:.3f} ± {:.3f} of the slots. At most {:.2f} is possible, and random reads "
+     "would reach {:.2f}. Usage is lowest at step {},",
+     [*both("facts-n512", "memory_usage"), READ_AT_MOST, 1 - math.exp(-READ_AT_MOST),
+      USAGE["facts-n512-1"]["steps"][0]]),
+    ("{:,} windows of the training text, as many as {:.0f} steps have, read {:.2f} of the slots",
+     [USAGE["facts-n512-1"]["windows"],
+      USAGE["facts-n512-1"]["windows"] * WITHOUT["block_size"] / TOKENS,
+      USAGE["facts-n512-1"]["read_by_windows"]]),
+    ("KL falls from {:.2f} ± {:.2f} to {:.2f} ± {:.2f}; it would be {:.1f} if one slot got "
+     "everything. A step reads {:.3f} ± {:.3f}, and {:,} windows read {:.2f} (seed 1).",
+     [*both("facts-n512", "memory_kl"), *both("balance-1e-2", "memory_kl"), math.log(512**2),
+      *both("balance-1e-2", "memory_usage"), USAGE["balance-1e-2-1"]["windows"],
+      USAGE["balance-1e-2-1"]["read_by_windows"]]),
+    ("{:.3f}, {:.3f} and {:.3f} with the weights 0, 0.01 and 0.1.",
+     recall_of("facts-n512-1", "balance-1e-2-1", "balance-1e-1-1")),
+    ("Training takes {:.2f} times as long as dense, without the loss {:.2f} times.",
+     [time("balance-1e-2"), time("facts-n512")]),
+    # Tuning
+    ("{:.0f} times for Memory. With 1e-2 it recalls {:.3f}, with 1.6e-1 {:.3f}.",
+     [factor("facts-memory-1"), *recall_of("tune-memory-3e-3-1e-2", "facts-memory-1")]),
+    ("With 1.6e-1 it recalls {:.3f}, with 2.56 (and 1.5e-3 for the rest) {:.3f}.",
+     recall_of("tune-plus-3e-3-1.6e-1", "facts-plus-1")),
+    ("with 3e-3 and 4e-2, it recalls {:.3f}, less than dense. At its best it recalls {:.3f}:",
+     recall_of("tune-peer-3e-3-4e-2", "facts-peer-1")),
+    ("UltraMem recalls {:.3f} at its best:", recall_of("facts-ultramem-1")),
+    ("That hurts in so short a run: {:.3f}, and {:.3f} from four times the rate.",
+     recall_of("tune-ultramem-end-1.6e-1", "tune-ultramem-end-6.4e-1")),
+    ("recall {:.3f}, 128 experts of 64 recall {:.3f}.",
+     recall_of("tune-experts-256", "facts-moe-1")),
+    ("The hash recalls {:.3f} with 1.5e-3 and {:.3f} with the study's 3e-3. The narrowest dense "
+     "model recalls {:.3f} with 3e-3 and {:.3f} with the study's 6e-3.",
+     recall_of("tune-hash-1.5e-3-4e-2", "facts-hash-1", "tune-dense48-3e-3", "facts-dense48-1")),
+    ("With the default of `facts`, 1.6e-1, it recalls {:.3f} instead of {:.3f}.",
+     recall_of("tune-hash-3e-3-1.6e-1", "facts-hash-1")),
+]
+# What is neither measured nor in a table.
+GIVEN = {
+    "2412.09764", "2510.15103",  # papers
+    "2.13", "2.5",  # torch, GHz
+    "84%", "0%", "100%",  # prepare_data.py prints these
+    "3%",  # the rivals are matched so closely: test_the_rivals_are_matched
+    "0.1",  # Memory recalls at least so much more: test_where_memory_gains
+}
+
+
+@pytest.mark.parametrize("claim, numbers", CLAIMS)
+def test_the_numbers_in_the_prose(claim, numbers):
+    assert claim.format(*numbers) in prose(RESULTS) + prose(APPENDIX)
+
+
+@pytest.mark.parametrize("text", [RESULTS, APPENDIX], ids=["results", "appendix"])
+def test_no_number_in_the_prose_is_left_out(text):
+    """Every number with a decimal point and every percentage belongs to a claim."""
+    rest = prose(text)
+    for claim, numbers in CLAIMS:
+        rest = rest.replace(claim.format(*numbers), "")
+    rest = re.sub(r"`[^`]*`", "", rest)
+    found = re.findall(r"(?<![\d.])\d+\.\d+(?![\de])|\d+%", rest)
+    assert set(found) <= GIVEN
+
+
+# ---- the comparisons in the prose
 
 def test_the_rivals_are_matched():
     """Within 3% of the memory model's parameters, and no more FLOPs than dense; measured."""
-    memory = RUNS["facts-memory-1"]["params"]["total"]
-    dense = mean("facts-dense", "flops_per_token")
+    memory = parameters("facts-memory")
+    dense = flops("facts-dense")
     for title in ("MoE", "hash", "PEER", "UltraMem", "Memory", "Memory+"):
-        run = RUNS[f"{results.MAIN[title]}-1"]
-        assert run["params"]["total"] == pytest.approx(memory, rel=0.03), title
-        assert run["flops_per_token"] <= dense, title
-    assert mean("facts-dense2", "flops_per_token") >= 2 * dense
-    assert mean("facts-dense4", "flops_per_token") >= 4 * dense
-    assert mean("facts-dense208", "flops_per_token") >= 8 * dense
-    assert mean("facts-dense48", "flops_per_token") == pytest.approx(0.6 * dense, rel=0.03)
+        assert parameters(MAIN[title]) == pytest.approx(memory, rel=0.03), title
+        assert flops(MAIN[title]) <= dense, title
+    assert flops("facts-dense2") >= 2 * dense
+    assert flops("facts-dense4") >= 4 * dense
+    assert flops("facts-dense208") >= 8 * dense
+    assert flops("facts-dense48") == pytest.approx(0.6 * dense, rel=0.03)
 
 
 def test_the_memory_models_of_8_blocks_are_matched():
-    params = [RUNS[f"deep-{kind}-1"]["params"]["total"] for kind in ("memory", "three", "plus")]
-    assert max(params) <= 1.03 * min(params)
-    for kind in ("memory", "three", "plus"):
-        assert mean(f"deep-{kind}", "flops_per_token") <= mean("deep-dense", "flops_per_token")
+    kinds = ("deep-memory", "deep-three", "deep-plus")
+    sizes = [parameters(kind) for kind in kinds]
+    assert max(sizes) <= 1.03 * min(sizes)
+    assert all(flops(kind) <= flops("deep-dense") for kind in kinds)
 
 
 def test_the_models_on_text_are_matched():
-    dense = RUNS["text-web-dense-1"]
-    memory = RUNS["text-web-memory-1"]["params"]["total"]
-    assert memory == pytest.approx(2.5 * dense["params"]["total"], rel=0.03)
-    for text in results.TEXTS:
-        for kind in ("moe", "hash", "memory", "plus", "plus-long"):
-            run = RUNS[f"text-{text}-{kind}-1"]
-            assert run["params"]["total"] == pytest.approx(memory, rel=0.03)
-            assert run["flops_per_token"] <= dense["flops_per_token"]
+    memory = parameters("text-web-memory")
+    assert memory == pytest.approx(2.5 * parameters("text-web-dense"), rel=0.03)
+    for text in TEXTS:
+        for name in ("moe", "hash", "memory", "plus", "plus-long"):
+            assert parameters(f"text-{text}-{name}") == pytest.approx(memory, rel=0.03)
+            assert flops(f"text-{text}-{name}") <= flops("text-web-dense")
 
 
 def test_the_mixtures_of_experts_are_as_large_as_the_tables():
     for experts, table in (("facts-moe-n64", "facts-n64"), ("facts-moe-n256", "facts-n256")):
-        params = RUNS[f"{table}-1"]["params"]["total"]
-        assert RUNS[f"{experts}-1"]["params"]["total"] == pytest.approx(params, rel=0.02)
-        assert mean(experts, "flops_per_token") <= mean("facts-dense", "flops_per_token")
+        assert parameters(experts) == pytest.approx(parameters(table), rel=0.02)
+        assert flops(experts) <= flops("facts-dense")
 
 
 def test_equal_time_is_no_less():
-    long = results.training_time(RUNS, "dense", "facts-dense-long")
-    memory = results.training_time(RUNS, "Memory", "facts-memory")
-    assert float(long) >= float(memory)
+    assert f"{time('facts-dense-long'):.2f}" >= f"{time('facts-memory'):.2f}"
 
 
 def test_the_goals_of_the_study():
-    memory = mean("facts-memory", "recall")
-    assert memory >= 2.5 * mean("facts-dense", "recall"), "at equal tokens"
-    assert memory >= 1.8 * mean("facts-dense-long", "recall"), "at equal time"
-    assert mean("facts-n256", "recall") >= mean("facts-dense4", "recall")
+    assert ratio("facts-memory", "facts-dense") >= 2.5, "at equal tokens"
+    assert ratio("facts-memory", "facts-dense-long") >= 1.8, "at equal time"
+    assert ratio("facts-n256", "facts-dense4") >= 1
+
+
+def test_the_order_of_recall_and_of_time():
+    order = [f"facts-{kind}" for kind in ("hash", "memory", "ultramem", "peer", "moe", "dense")]
+    assert recalls(*order) == sorted(recalls(*order), reverse=True)
+    assert mean("facts-memory") > mean("facts-plus")
+    slower = min(time("facts-moe"), time("facts-peer"), time("facts-ultramem"))
+    assert time("facts-hash") < time("facts-memory") < slower
 
 
 def test_facts_that_were_read_often_are_known_and_once_are_not():
     for kind in ("facts-memory", "facts-dense", "facts-hash", "facts-dense4"):
         for result in results.seeds(RUNS, kind):
-            assert results.recall_at(result, 64) > 0.97
+            assert recall_at(result, 64) > 0.97
     for result in results.seeds(RUNS, "facts-memory"):
-        assert results.recall_at(result, 1) < 0.08
+        assert recall_at(result, 1) < 0.08
+    assert read("facts-dense", 1) < mean("facts-dense", "recall_control") + 0.01, "guessing"
 
 
 def test_more_slots_recall_more_in_every_seed():
-    recall = [results.values(RUNS, kind, "recall") for kind in results.SLOTS.values()]
+    recall = [results.values(RUNS, kind, "recall") for kind in SLOTS.values()]
     for few, more in zip(recall, recall[1:]):
         assert max(few) < min(more)
+    assert mean("facts-n32") < mean("facts-dense"), "but 1,024 slots are no better than dense"
 
 
-def test_the_best_rates_are_those_of_the_study():
-    """Of all runs of a kind that differ in their rates, seed 1 of the study has the least loss."""
-    kinds = {kind: f"facts-{kind}-1" for kind, _ in results.TUNED.values()}
-    kinds |= {f"text-{text}-{kind}": f"text-{text}-{kind}-1" for text in results.TEXTS
-              for title, kind in results.TEXT.items() if not title.endswith(results.TWICE)}
-    for kind, in_study in kinds.items():
-        tried = [run["val_loss"] for name, run in RUNS.items() if name.startswith(f"tune-{kind}-")]
-        assert RUNS[in_study]["val_loss"] < min(tried), kind
+def test_memory_beside_width_and_experts():
+    dense = recalls(*WIDER)
+    memory = [of_memory_as_large(kind, mean) for kind in WIDER]
+    assert f"{dense[0]:.2f}" == f"{memory[0]:.2f}", "level with 0.4 M parameters"
+    assert dense[1] < memory[1] and dense[2] < memory[2]
+    assert abs(mean("facts-dense208") - mean("facts-memory")) < deviation("facts-dense208")
+    assert max(recalls(*EXPERTS.values())) < mean("facts-n64")
+    assert mean("facts-dense208", "bits_per_param") < mean("facts-memory", "bits_per_param")
+
+
+def test_what_names_decide():
+    assert mean("apart-memory") > mean("apart-hash")
+    assert abs(mean("single-dense") - mean("single-memory")) < deviation("single-memory")
+    for corpus in ("facts", "single", "own-words", "own-bytes"):
+        assert mean(f"{corpus}-hash") > mean(f"{corpus}-memory")
+
+
+def test_real_facts():
+    guess = statistics.mean(mean(f"own-bytes-{kind}", "recall_control")
+                            for kind in results.OWN.values())
+    assert abs(mean("own-bytes-dense") - guess) < 0.02
+    assert guess + 0.02 < min(recalls("own-bytes-memory", "own-bytes-moe"))
+    assert mean("own-bytes-hash") > 2 * mean("own-bytes-memory")
+    assert mean("own-words-dense") > 0.85 * mean("own-words-hash")
+
+
+@pytest.mark.parametrize("corpus, expected", [
+    ("facts", [2, 4, 8, 16, 32]), ("own-bytes", [32, 64, 128])])
+def test_where_memory_gains(corpus, expected):
+    """The rows by exposures where Memory recalls at least 0.1 more than dense."""
+    rows = (1, 2, 4, 8, 16, 32, 64, 128)
+    gains = {times: read(f"{corpus}-memory", times) - read(f"{corpus}-dense", times)
+             for times in rows}
+    assert [times for times in rows if gains[times] >= 0.1] == expected
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_ordinary_text(text):
+    seeds = {title: results.values(RUNS, f"text-{text}-{name}", "val_loss")
+             for title, name in TEXT.items()}
+    dense = statistics.mean(seeds["dense" + TWICE])
+    assert max(seeds["hash"]) < dense, "every seed of the hash beats dense with twice the steps"
+
+    def overlap(title, other):
+        return max(seeds[title]) > min(seeds[other])
+
+    assert overlap("Memory", "dense") and overlap("Memory+", "dense")
+    assert overlap("MoE", "dense") == (text == "stories")
+    assert overlap("Memory+" + TWICE, "dense" + TWICE) == (text == "stories")
+    at_equal_time = {title: above_dense(title)[TEXTS.index(text)]
+                     for title in ("Memory", "Memory+", "MoE")}
+    assert min(at_equal_time["Memory+"], at_equal_time["MoE"]) > 0
+    assert at_equal_time["Memory"] > (-0.03 if text == "stories" else 0)
+
+
+def test_deeper_models():
+    one, three, plus, dense = [results.values(RUNS, f"deep-{kind}", "recall")
+                               for kind in ("memory", "three", "plus", "dense")]
+    assert min(one) > max(three + plus)
+    assert min(three + plus) > max(dense)
+    assert abs(mean("deep-three") - mean("deep-plus")) < deviation("deep-three")
+    assert mean("deep-memory") < mean("facts-memory")
+    assert abs(mean("deep-dense") - mean("facts-dense")) < deviation("deep-dense")
+
+
+def test_a_loss_against_uneven_use_changes_usage_alone():
+    for seed in (1, 2, 3):
+        without = RUNS[f"facts-n512-{seed}"]
+        balanced = RUNS[f"balance-1e-2-{seed}"]
+        assert balanced["memory_usage"] > without["memory_usage"]
+        assert balanced["memory_kl"] < without["memory_kl"]
+        assert (balanced["recall"] > without["recall"]) == (seed == 1)
+    for key in ("recall", "val_loss"):
+        change = mean("balance-1e-2", key) - mean("facts-n512", key)
+        assert abs(change) < deviation("facts-n512", key)
+    usage = USAGE["facts-n512-1"]["usage"]
+    assert usage[0] == min(usage)
+
+
+def test_the_study_uses_the_rates_with_the_lowest_loss():
+    """Of all runs of a kind that differ in their rates, seed 1 of the study has the lowest loss."""
+    kinds = [*report.TUNED.values(), *results.DEEP.values(), *report.DEEP_PARTS.values()]
+    kinds += [f"own-{tokens}-{name}" for tokens in ("words", "bytes")
+              for name in results.OWN.values()]
+    kinds += [f"text-{text}-{name}" for text in TEXTS for title, name in TEXT.items()
+              if not title.endswith(TWICE)]
+    once = {"deep-norm", "deep-gate"}  # tried with one rate
+    for kind in kinds:
+        tried = report.tuned(RUNS, kind)
+        assert len(tried) > 1 or kind in once, kind
+        assert RUNS[f"{kind}-1"]["val_loss"] == min(run["val_loss"] for run in tried), kind
 
 
 def test_the_goal_of_teaching():
     """At most a fifth of what is lost when the whole model learns, with as much learnt."""
-    taught = results.teaching()
-    lost = {}
-    for name in ("slots-4096", "full-1e-4"):
-        edits = results.seeds(taught, f"teach-{name}")
-        assert len(edits) == 3 and all(edit["after"][0] >= 0.95 for edit in edits)
-        lost[name] = statistics.mean(results.share_lost(edit) for edit in edits)
-    assert lost["slots-4096"] < lost["full-1e-4"] / 5
+    for kind in ("teach-slots-4096", "teach-full-1e-4"):
+        lessons = results.seeds(TAUGHT, kind)
+        assert len(lessons) == 3 and all(lesson["after"][0] >= 0.95 for lesson in lessons)
+    assert lost("teach-slots-4096") < lost("teach-full-1e-4") / 5
+    assert lost("teach-all-values-3") <= 1.2 * lost("teach-slots-4096")
+    assert lost("teach-slots-1024") > 2 * lost("teach-slots-4096")
 
 
 def test_two_processes_learn_the_same():
     one = results.values(RUNS, "facts-memory", "recall")[:3]
-    two = results.values(RUNS, "facts-2ranks", "recall")
-    assert abs(statistics.mean(one) - statistics.mean(two)) < statistics.stdev(one)
+    assert abs(statistics.mean(one) - mean("facts-2ranks")) < statistics.stdev(one)
 
 
-# ---- the scripts
-
-STUB = """#!/usr/bin/env bash
-echo "$@" >> "$RECORD"
-"""
-
+# ---- collecting
 
 @pytest.fixture
-def script(tmp_path):
-    """A copy of runs/ beside an empty out/, and a stub for python that only records its calls.
-
-    Returns a function: name of a script -> the commands it runs, each a list of words.
-    """
-    (tmp_path / "runs").mkdir()
-    for path in (ROOT / "runs").glob("*.sh"):
-        (tmp_path / "runs" / path.name).write_bytes(path.read_bytes())
-    stub = tmp_path / "stub"
-    stub.write_text(STUB)
-    stub.chmod(0o755)
-
-    def run(name, code=0):
-        record = tmp_path / "record"
-        record.write_text("")
-        env = os.environ | dict(PYTHON=str(stub), RECORD=str(record))
-        done = subprocess.run(["bash", *f"{tmp_path}/runs/{name}".split()], env=env, cwd="/",
-                              capture_output=True, text=True)
-        assert done.returncode == code, done.stderr
-        return [line.split() for line in record.read_text().splitlines()]
-
-    run.folder = tmp_path
-    return run
-
-
-def started(commands):
-    """The runs that commands begin: name -> flags of train.py without --out-dir."""
-    found = {}
-    for words in commands:
-        if "train.py" not in words or "--compare" in words:
-            continue
-        flags = words[words.index("train.py") + 1:]
-        at = flags.index("--out-dir")
-        name = flags[at + 1].removeprefix("out/")
-        found[name] = flags[:at] + flags[at + 2:]
-    return found
-
-
-def test_the_scripts_make_all_runs_of_the_results(script):
-    """And with the settings behind the numbers: the sizes and the FLOPs agree."""
-    found = {}
-    for name in SCRIPTS:
-        found |= started(script(name))
-    assert RUNS.keys() - {"facts-memory-1337"} <= found.keys()
-    # What is still to be run is named.
-    missing = sorted(found.keys() - RUNS.keys())
-    named = re.search(r"Not run yet: (.*?)\.\n\n", RESULTS, re.DOTALL)
-    assert missing == (re.findall(r"`([^`]+)`", named[1]) if named else [])
-    corpora = {}
-    for name in RUNS.keys() & found.keys():
-        flags = found[name]
-        s, preset, resume, runs = train.read_settings(flags)
-        run = RUNS[name]
-        wanted = "tinystories" if "text-" in name else "facts"
-        assert (preset, resume, runs) == (wanted, False, None)
-        assert (s.seed, s.ffn) == (run["seed"], run["ffn"])
-        s.vocab_size = run["vocab_size"]
-        s.block_size = run["block_size"]
-        size = corpora.setdefault(s.data, (s.vocab_size, s.block_size))
-        assert size == (s.vocab_size, s.block_size), "one corpus has one size"
-        assert s.max_steps * s.batch_size * s.block_size == run["tokens"]
-        model = train.GPT(s)
-        assert model.param_counts() == run["params"], name
-        assert model.flops_per_token() == run["flops_per_token"], name
-        # The rate of a table or of experts, where there are any.
-        idle = {"value_lr"} if s.ffn in ("dense", "moe") else set()
-        if s.ffn != "moe":
-            idle.add("expert_lr")
-        for rate in set(results.RATES) - idle:
-            assert getattr(s, rate) == run[rate], name
-
-
-def test_a_script_stops_when_a_run_fails(script):
-    (script.folder / "stub").write_text(STUB + "exit 3\n")
-    assert len(script("baselines.sh", code=3)) == 1
-
-
-def test_two_ranks_launches_two_processes(script):
-    for words in script("two_ranks.sh"):
-        assert words[:2] == ["-m", "torch.distributed.run"]
-        assert "--nproc_per_node=2" in words
-
-
-@pytest.fixture
-def assets(tmp_path, monkeypatch):
-    """Files in place of those in assets/, without results."""
-    for name in ("FACTS", "TEACH", "USAGE"):
-        path = tmp_path / f"{name.lower()}.json"
-        path.write_text("{}")
-        monkeypatch.setattr(results, name, path)
+def collected(tmp_path, monkeypatch):
+    """A folder in place of runs/results/, with empty files and an empty out/."""
+    for name in ("facts", "teach", "usage"):
+        (tmp_path / f"{name}.json").write_text("{}")
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
     return tmp_path
 
 
 @pytest.mark.parametrize("content", ["{}", "x", "[]"])
-def test_report_refuses_what_is_no_result(content, assets):
-    folder = assets / "out" / "odd"
-    folder.mkdir(parents=True)
+def test_report_refuses_what_is_no_result(content, collected):
+    folder = collected / "out" / "odd"
+    folder.mkdir()
     (folder / "config.json").write_text('{"settings": {}}')
     (folder / "result.json").write_text(content)
     with pytest.raises(ValueError, match="odd is broken, .*move this folder out of out/"):
-        results.collect(assets / "out")
-    assert (assets / "facts.json").read_text() == "{}"
+        results.collect(collected / "out")
+    assert results.read("facts") == {}
 
 
-def test_report_collects(assets):
-    (assets / "facts.json").write_text(json.dumps({"old-1": dict(recall=0.5)}))
+def test_report_collects(collected):
+    (collected / "facts.json").write_text(json.dumps({"old-1": dict(recall=0.5)}))
     for name, finished in (("balance-1e-2-1", True), ("balance-1e-1-1", False)):
-        folder = assets / "out" / name
-        folder.mkdir(parents=True)
+        folder = collected / "out" / name
+        folder.mkdir()
         settings = dict(vocab_size=10, block_size=9, max_steps=8, seed=1, learning_rate=1e-3,
                         value_lr=1e-2, expert_lr=1e-3)
         (folder / "config.json").write_text(json.dumps(dict(settings=settings)))
@@ -338,65 +645,68 @@ def test_report_collects(assets):
         np.savez(folder / "reads.npz", windows=3, readers_0=np.array([0, 2, 1, 0]))
         if finished:
             (folder / "result.json").write_text(json.dumps(dict(val_loss=0.25)))
-    (assets / "out" / "teach-1").mkdir()
-    (assets / "out" / "teach-1" / "edit.json").write_text('{"teach": {"after": [1]}}')
-    assert results.collect(assets / "out") == ["balance-1e-2-1", "teach-1"]
-    assert results.load() == {
+    (collected / "out" / "teach-1").mkdir()
+    (collected / "out" / "teach-1" / "edit.json").write_text('{"teach": {"after": [1]}}')
+    assert results.collect(collected / "out") == ["balance-1e-2-1", "teach-1"]
+    assert results.read("facts") == {
         "old-1": dict(recall=0.5),
         "balance-1e-2-1": dict(val_loss=0.25, vocab_size=10, block_size=9, max_steps=8,
-                          learning_rate=1e-3, value_lr=1e-2, expert_lr=1e-3)}
-    assert results.usage() == {"balance-1e-2-1": dict(steps=[8], usage=[0.5], kl=[0.25], windows=3,
-                                                 read_by_windows=0.5)}
-    assert results.teaching() == {"teach-1": dict(after=[1])}
+                               learning_rate=1e-3, value_lr=1e-2, expert_lr=1e-3)}
+    assert results.read("usage") == {"balance-1e-2-1": dict(
+        steps=[8], usage=[0.5], kl=[0.25], windows=3, read_by_windows=0.5)}
+    assert results.read("teach") == {"teach-1": dict(after=[1])}
+
+
+# ---- pictures
+
+def drawn(draw_into):
+    from matplotlib.figure import Figure
+    figure = Figure()
+    draw_into(RUNS, figure)
+    return figure
+
+
+def test_every_picture_is_in_docs_and_shown_there():
+    shown = RESULTS + APPENDIX
+    for name, (draw_into, _, _) in pictures.PICTURES.items():
+        assert (ROOT / "docs" / name).read_bytes().startswith(b"\x89PNG")
+        assert f"]({name})" in shown
+
+
+def test_a_picture_is_saved(tmp_path):
+    pictures.draw(RUNS, pictures.draw_facts, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("draw_into", [
     pictures.draw_facts, pictures.draw_own, pictures.draw_slots])
-def test_the_pictures_show_means_and_bands(draw_into, tmp_path):
-    pictures.draw(RUNS, draw_into, tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
-    from matplotlib.figure import Figure
-    figure = Figure()
-    draw_into(RUNS, figure)
+def test_the_pictures_show_means_and_bands(draw_into):
+    figure = drawn(draw_into)
     for ax in figure.axes:
         assert len(ax.lines) == len(ax.collections) >= 3, "a band for each line"
         assert ax.get_xlabel() and ax.get_title(loc="left")
     assert figure.axes[0].get_ylabel() == "facts recalled"
-    legend = figure.axes[-1].get_legend()
-    names = [text.get_text() for text in legend.get_texts()]
+    names = [text.get_text() for text in figure.axes[-1].get_legend().get_texts()]
     assert all(re.match("Memory|Dense|PEER|Hashed|Mixture|Guessing", name) for name in names)
 
 
-def test_a_fit_finds_the_line_that_the_points_lie_on():
-    sizes = np.array([1e5, 4e5, 3e6, 2e7])
-    true = np.array([0.5, -9.0])
-    columns = [[p] * 3 for p in results.predicted(true, sizes)]
-    line = results.fit(sizes, columns)
-    assert np.allclose(line, true)
-    assert results.predicted(line, 2**18) == pytest.approx(0.5)  # log-odds 0.5 * 18 - 9 = 0
-    low, high = results.fit_band(sizes, columns, sizes)
-    assert np.allclose(low, high), "seeds that agree leave no doubt"
-    noisy = [[0.9 * p, p, 1.02 * p] for p in results.predicted(true, sizes)]
-    low, high = results.fit_band(sizes, noisy, sizes)
-    assert (low < high).all() and (high - low < 0.2).all()
+@pytest.mark.parametrize("draw_into, lines", [
+    (pictures.draw_scaling, 12), (pictures.draw_teaching, 3)])
+def test_the_other_pictures(draw_into, lines):
+    figure = drawn(draw_into)
+    assert sum(len(ax.collections) for ax in figure.axes) == lines, "a band for each line"
+    assert len(figure.axes[0].get_legend().get_texts()) == 3
 
 
-@pytest.mark.parametrize("draw_into, width, lines", [
-    (pictures.draw_scaling, 10, 12), (pictures.draw_teaching, 6, 3)])
-def test_the_other_pictures(draw_into, width, lines, tmp_path):
-    pictures.draw(RUNS, draw_into, tmp_path / "picture.png", width)
-    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
-    from matplotlib.figure import Figure
-    figure = Figure()
-    draw_into(RUNS, figure)
-    bands = sum(len(ax.collections) for ax in figure.axes)
-    assert bands == lines and len(figure.axes[0].get_legend().get_texts()) >= 2
+def test_the_picture_of_text():
+    for ax in drawn(pictures.draw_text).axes:
+        points = [line for line in ax.lines if line.get_marker() != "None"]
+        seeds = [len(line.get_xdata()) for line in points]
+        assert seeds == [6, 3, 6, 3, 3], "a point for each seed"
 
 
 def test_the_picture_of_usage():
-    from matplotlib.figure import Figure
-    figure = Figure()
-    pictures.draw_usage(RUNS, figure)
+    figure = drawn(pictures.draw_usage)
     for ax in figure.axes:
         assert len(ax.lines) == 3
         assert all(line.get_xdata()[-1] == 5000 for line in ax.lines)

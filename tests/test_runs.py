@@ -1,10 +1,11 @@
 """
-The scripts in runs/: their commands parse, and they stop, skip and go on as they should.
-docs/results.md says what they do.
+The scripts in runs/: they train what the tables need, and they stop, skip and go on as they should.
+docs/appendix.md lists them.
 
 A stub takes the place of python. It only writes down what it is asked to run.
 """
 import contextlib
+import dataclasses
 import os
 import re
 import shlex
@@ -16,17 +17,20 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import prepare_data
 import sample
 import train
+from model import GPT
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "runs"))
+import report
 import results
 import time_steps
 
-RESULTS = (ROOT / "docs" / "results.md").read_text("utf-8")
+APPENDIX = (ROOT / "docs" / "appendix.md").read_text("utf-8")
 # Script: how many runs it makes.
 SCRIPTS = {"baselines.sh": 39, "names.sh": 18, "tune.sh": 44, "slots.sh": 27, "scaling.sh": 17,
            "deep.sh": 25, "balance.sh": 7, "variants.sh": 5, "bfloat16.sh": 6, "teach.sh": 3,
@@ -79,10 +83,68 @@ def settings_of(flags):
     return train.read_settings(shlex.split(flags))[0]
 
 
+@pytest.fixture(scope="module")
+def calls(tmp_path_factory):
+    """{name of a run: its call of train.py} of all scripts but that of the GPU runs."""
+    runs = Runs(tmp_path_factory.mktemp("all"))
+    calls = {}
+    for script in SCRIPTS:
+        if script != "tinystories.sh":
+            calls |= runs.trainings(script)
+    return calls
+
+
+def flags_of(call):
+    return call.split("train.py ", 1)[1]
+
+
+def same_for_all(settings, *ignored):
+    """Settings without those that differ between the runs of a kind and of its sweep."""
+    others = dict.fromkeys(("seed", "out_dir", *results.RATES, *ignored))
+    return dataclasses.replace(settings, **others)
+
+
+def same_model(call, timed, *ignored):
+    """Whether a run trains what time_steps.py times, some settings aside."""
+    trained = same_for_all(settings_of(flags_of(call)), *ignored)
+    return trained == same_for_all(settings_of(shlex.join(timed)), *ignored)
+
+
+def test_the_scripts_make_all_runs_of_the_results(calls):
+    """And with the settings behind the numbers: the sizes and the FLOPs agree."""
+    runs = results.read("facts")
+    assert calls.keys() == runs.keys() - {"facts-memory-1337"}
+    corpora = {}
+    models = {}
+    for name, call in calls.items():
+        run = runs[name]
+        s, preset, resume, _ = train.read_settings(shlex.split(flags_of(call)))
+        assert (preset, resume) == ("tinystories" if "text-" in name else "facts", False)
+        assert (s.seed, s.ffn) == (run["seed"], run["ffn"])
+        s.vocab_size = run["vocab_size"]
+        s.block_size = run["block_size"]
+        size = corpora.setdefault(s.data, (s.vocab_size, s.block_size))
+        assert size == (s.vocab_size, s.block_size), "one corpus has one size"
+        assert s.max_steps * s.batch_size * s.block_size == run["tokens"]
+        kind = repr(same_for_all(s))
+        if kind not in models:
+            with torch.device("meta"):
+                models[kind] = GPT(s)
+        model = models[kind]
+        assert model.param_counts() == run["params"], name
+        assert model.flops_per_token() == run["flops_per_token"], name
+        # The rate of a table or of experts, where there are any.
+        idle = {"value_lr"} if s.ffn in ("dense", "moe") else set()
+        if s.ffn != "moe":
+            idle.add("expert_lr")
+        for rate in set(results.RATES) - idle:
+            assert getattr(s, rate) == run[rate], name
+
+
 @pytest.mark.parametrize("script, count", SCRIPTS.items())
-def test_results_says_how_many_runs_a_script_makes(tmp_path, script, count):
+def test_the_appendix_says_how_many_runs_a_script_makes(tmp_path, script, count):
     assert len(Runs(tmp_path).trainings(script)) == count
-    line = next(line for line in RESULTS.splitlines() if f"| `bash runs/{script}` |" in line)
+    line = next(line for line in APPENDIX.splitlines() if f"| `bash runs/{script}` |" in line)
     assert f"| {count} |" in line or f"| {count}, " in line
 
 
@@ -112,60 +174,41 @@ def test_the_commands_of_a_script_parse(tmp_path, script):
             assert name == "new_facts.py"
 
 
-def test_results_says_how_many_runs_two_scripts_share(tmp_path):
+def test_the_appendix_says_how_many_runs_two_scripts_share(tmp_path):
     runs = Runs(tmp_path)
     main = runs.trainings("baselines.sh").keys()
     for script, count in SCRIPTS.items():
         shared = main & runs.trainings(script).keys()
         if shared and script != "baselines.sh":
-            line = next(line for line in RESULTS.splitlines() if f"`bash runs/{script}`" in line)
+            line = next(line for line in APPENDIX.splitlines()
+                        if f"| `bash runs/{script}` |" in line)
             which = "all" if len(shared) == count else f"of which {len(shared)} are"
             assert f"| {count}, {which} shared with baselines.sh |" in line
 
 
-def test_the_flags_in_the_table_of_what_was_tried(tmp_path):
-    runs = Runs(tmp_path)
-    calls = {}
-    for script in SCRIPTS:
-        calls |= runs.trainings(script)
-    for words, name in results.VARIANTS.items():
+def test_the_flags_in_the_table_of_variants(calls):
+    for words, name in report.VARIANTS.items():
         flags = "" if words == "the default" else words.split("`")[1]
         expected = settings_of(f"{flags} --seed 1 --out-dir out/{name}")
-        assert settings_of(calls[name].split("train.py ", 1)[1]) == expected, name
+        assert settings_of(flags_of(calls[name])) == expected, name
 
 
-def test_the_models_that_are_timed_are_those_of_the_runs(tmp_path):
+def test_the_models_that_are_timed_are_those_of_the_runs(calls):
     """tests/time_steps.py --study times what the scripts train, rates and seeds aside."""
-    runs = Runs(tmp_path)
-    calls = {}
-    for script in SCRIPTS:
-        calls |= runs.trainings(script)
-    kinds = results.MAIN | results.DENSE | results.EXPERTS | results.DEEP
-    kinds |= {"Memory, K = 8": "facts-k8", "Memory+, bfloat16": "facts-bf16",
-              "Memory, 262,144 slots, balanced": "balance-1e-2"}
-    kinds |= {f"Memory, {slots} slots": kind for slots, kind in results.SLOTS.items()}
-    for title, flags in time_steps.STUDY.items():
-        settings = [settings_of(calls[f"{kinds[title]}-1"].split("train.py ", 1)[1]),
-                    settings_of(shlex.join(flags))]
-        for s in settings:
-            s.seed = s.out_dir = s.learning_rate = s.value_lr = s.expert_lr = None
-        assert settings[0] == settings[1], title
+    assert set(results.STEP_OF.values()) == time_steps.STUDY.keys()
+    for kind, title in results.STEP_OF.items():
+        longer = ["max_steps"] if kind == "facts-dense-long" else []
+        assert same_model(calls[f"{kind}-1"], time_steps.STUDY[title], *longer), title
 
 
-def test_the_models_that_are_timed_on_text_are_those_of_the_runs(tmp_path):
-    """The command that docs/results.md gives times what text.sh trains, rates and seeds aside."""
-    calls = Runs(tmp_path).trainings("text.sh STORIES.txt WEB.txt")
-    command = re.search(r"tests/time_steps.py\s+(tinystories\s[^`]*)`", RESULTS)[1]
+def test_the_models_that_are_timed_on_text_are_those_of_the_runs(calls):
+    """The command that docs/appendix.md gives times what text.sh trains."""
+    command = re.search(r"tests/time_steps.py\s+(tinystories\s[^`]*)`", APPENDIX)[1]
     _, shared = time_steps.read_flags(shlex.split(command))
     for title, kind in results.TEXT.items():
-        if title.endswith(results.TWICE):
-            continue
-        settings = [settings_of(calls[f"text-web-{kind}-1"].split("train.py ", 1)[1]),
-                    settings_of(shlex.join([*time_steps.KINDS[title], *shared]))]
-        for s in settings:
-            s.seed = s.out_dir = s.learning_rate = s.value_lr = s.expert_lr = None
-            s.max_steps = s.eval_windows = None
-        assert settings[0] == settings[1], title
+        if not title.endswith(results.TWICE):
+            timed = [*time_steps.KINDS[title], *shared]
+            assert same_model(calls[f"text-web-{kind}-1"], timed, "max_steps", "eval_windows")
 
 
 def prepared_by(runs, script):
@@ -262,6 +305,16 @@ def test_a_script_stops_when_a_run_is_interrupted(tmp_path, script):
     runs = Runs(tmp_path, STUB + "exit 130\n")  # as train.py does when it has saved
     runs.trainings(script, status=130)
     assert len(runs.calls.read_text().splitlines()) == 1
+
+
+def test_a_script_stops_when_a_run_fails(tmp_path):
+    runs = Runs(tmp_path, STUB + "exit 3\n")
+    assert len(runs.trainings("baselines.sh", status=3)) == 1
+
+
+def test_two_ranks_launches_two_processes(tmp_path):
+    for call in Runs(tmp_path).trainings("two_ranks.sh").values():
+        assert call.startswith("-m torch.distributed.run ") and "--nproc_per_node=2" in call
 
 
 def test_ctrl_c_stops_a_script(tmp_path):

@@ -3,8 +3,8 @@ How much longer does a training step take with memory? Steps of several models, 
 
     python tests/time_steps.py                    # dense, memory and its rivals, default size
     python tests/time_steps.py openwebtext --data data/web --batch-size 128     # compiled, on a GPU
-    python tests/time_steps.py --study --json assets/steps.json     # all models of docs/results.md
-    python tests/time_steps.py --study --kind PEER --json assets/steps.json     # PEER beside dense
+    python tests/time_steps.py --study --json runs/results/steps.json   # all of docs/results.md
+    python tests/time_steps.py --study --kind PEER --json runs/results/steps.json  # beside dense
     python tests/time_steps.py --nanogpt ../nanoGPT/model.py        # beside nanoGPT's own GPT
 
 In turn, so that a machine whose speed changes from minute to minute is as fast for each. --seconds
@@ -27,6 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
+from support import machine, settings, terminal
 
 KINDS = {
     "dense": ["--ffn", "dense"],
@@ -65,8 +66,8 @@ LEAST_ROUNDS = 12
 def trainer(argv):
     """The flags of a run -> (its train.Trainer, a function that takes its next step)."""
     s, _, _, _ = train.read_settings(argv)
-    meta = train.fit_to_data(s, world=1)
-    device = train.choose_device(s)
+    meta = settings.fit_to_data(s, world=1)
+    device = machine.choose_device(s)
     run = train.Trainer(s, meta, device)
     numbers = itertools.count()
     return run, lambda: run.step(next(numbers))
@@ -187,7 +188,7 @@ def main(argv, warm_up=8):
 
 
 if __name__ == "__main__":
-    train.prepare_data.steady_output()
+    terminal.steady_output()
     try:
         main(sys.argv[1:])
     except (ValueError, OSError) as e:

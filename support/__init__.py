@@ -1,0 +1,1 @@
+"""What one need not read to understand or change the method: other layers, formats, plumbing."""

@@ -1,0 +1,151 @@
+"""ckpt.pt: the weights and all that an exact resume needs."""
+import contextlib
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from model import GPT, GPTConfig
+from support.data_folder import read_meta
+from support.files import reading, write_whole
+from support.ranks import any_rank_failed
+from support.settings import MAY_CHANGE
+from support.table_adamw import columns
+
+
+# 2: layer norms. Before, norms were RMS norms, whose weights have the same names and shapes.
+CHECKPOINT_VERSION = 2
+
+
+def save_checkpoint(folder, model, optimizers, step, seconds, settings, line=None):
+    """Write what load_checkpoint reads -> None, or what went wrong. All ranks call it.
+
+    Every rank returns a problem, or none does. ckpt.pt holds tensors and plain types alone, so that
+    it loads with weights_only=True. The slices of a table over several ranks are files of their
+    own. The ranks that hold them write them before ckpt.pt names them: whenever a run is killed,
+    ckpt.pt and the files it names are whole. line: the numbers of the last step, for the log.
+    """
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    parts = model.tables[0].parts if model.tables else 1  # P
+    # The first P ranks hold the table once, each a slice. Other ranks hold copies of these.
+    names = [f"ckpt-{step}-{i}of{parts}.pt" for i in range(parts)] if parts > 1 else []
+    tables = dict(tables=optimizers[1].slices() if model.tables else [])
+    problem = None
+    if rank < len(names):
+        problem = try_to_save(tables, folder / names[rank])
+    if any_rank_failed(problem):
+        remove_slices(folder, names, rank)
+        return problem or OTHER_RANK
+    if rank == 0:
+        state = dict(version=CHECKPOINT_VERSION, optimizer=optimizers[0].state_dict(),
+                     slices=names, step=step, seconds=seconds, settings=settings, line=line)
+        state["model"] = own_weights(model)
+        if not names:
+            state.update(tables)
+        problem = try_to_save(state, folder / "ckpt.pt")
+        if problem is None:
+            for old in folder.glob("ckpt-[0-9]*of*.pt*"):
+                if old.name not in names:
+                    with contextlib.suppress(OSError):  # it is only in the way
+                        old.unlink()
+    # Nobody goes on, or leaves, while another still writes.
+    if any_rank_failed(problem):
+        remove_slices(folder, names, rank)
+        return problem or OTHER_RANK
+    return None
+
+
+def remove_slices(folder, names, rank):
+    """Take away this rank's slice of a checkpoint that could not be written: it fills the disk."""
+    if rank < len(names):
+        with contextlib.suppress(OSError):
+            (folder / names[rank]).unlink(missing_ok=True)
+
+
+OTHER_RANK = "another rank could not write its part of the checkpoint"
+
+
+def try_to_save(content, path):
+    """torch.save -> None, or what went wrong."""
+    def write(part):
+        with open(part, "wb") as file:  # given a path, torch.save does not say why it fails
+            torch.save(content, file)
+    try:
+        write_whole(path, write)
+    except ValueError as e:
+        return str(e)
+
+
+def own_weights(model):
+    """The weights of a model without the values of its tables: {name: tensor}."""
+    values = {f"tables.{name}" for name, _ in model.tables.named_parameters()}
+    return {name: p for name, p in model.state_dict().items() if name not in values}
+
+
+def load_checkpoint(folder, device="cpu", mesh=None, **changes):
+    """A run folder -> (GPT, checkpoint), for training and for sample.py.
+
+    checkpoint: model, optimizer, step, seconds, settings, and tables: for each one {"values",
+    "exp_avg", "exp_avg_sq"}, lists of the slices that it was saved in. With a mesh the GPT holds
+    this rank's dims of the tables, whatever the number of ranks that saved them. changes: settings
+    of the GPT that replace the saved ones. Raises ValueError when there is no checkpoint, or one
+    that cannot be read, and says why.
+    """
+    path = Path(folder) / "ckpt.pt"
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: give the folder of a run that has saved a "
+                         f"checkpoint")
+    way_out = ("bring ckpt.pt and the ckpt-*.pt files of the same run into one folder, or start "
+               "another run")
+    with reading(path, way_out):
+        state = read_checkpoint(path)
+        settings = state["settings"]
+    if state.get("version") != CHECKPOINT_VERSION:
+        raise ValueError(f"{path} was saved by another version of this code, whose model is "
+                         f"another: {folder}/config.json names the commit that can read it")
+    with reading(path, way_out):
+        saved = [read_checkpoint(path.with_name(name)) for name in state["slices"]] or [state]
+        settings = dict(settings, mem_layers=tuple(settings["mem_layers"]))
+        # A setting that is newer than the checkpoint has its default.
+        names = {f.name for f in fields(GPTConfig)}
+        config = {name: settings[name] for name in names & settings.keys()} | changes
+        model = GPT(GPTConfig(**config), mesh)
+        weights = dict(state["model"])
+        tables = []
+        for i, table in enumerate(model.tables):
+            whole = {name: [file["tables"][i][name] for file in saved]
+                     for name in saved[0]["tables"][i]}
+            weights[f"tables.{i}.values"] = columns(whole["values"], table.dims)
+            tables.append(whole)
+        model.load_state_dict(weights)
+        state["tables"] = tables
+        for name in ("step", "optimizer", "seconds"):
+            state[name]  # KeyError if it is missing
+    return model.to(device), state
+
+
+def load_same_run(s, meta, device, mesh):
+    """The checkpoint of a run that is to go on -> (GPT, checkpoint), see load_checkpoint.
+
+    s: the run's settings. meta: meta.json of the data. Raises ValueError if either is another's.
+    """
+    out = Path(s.out_dir)
+    model, state = load_checkpoint(out, device, mesh)
+    for name, value in state["settings"].items():
+        if name not in MAY_CHANGE | {"out_dir"} and getattr(s, name, value) != value:
+            raise ValueError(f"{out}/config.json says {name} {getattr(s, name)}, and ckpt.pt "
+                             f"says {value}: one of them is another run's, put it back")
+    if read_meta(out)["sha256"] != meta["sha256"]:
+        raise ValueError(f"{s.data} is not the data that {out} was trained on: "
+                         f"point --data at that")
+    return model, state
+
+
+def read_checkpoint(path):
+    """What a file of torch.save holds."""
+    # Mapped, so that what is not used of tables and optimizer is never read. Windows cannot replace
+    # a file that is mapped.
+    mmap = sys.platform != "win32"
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)

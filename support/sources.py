@@ -1,0 +1,109 @@
+"""Where a text comes from: the files of a source, the space they need, and what is made of them."""
+from pathlib import Path
+
+from support.download import HUB, SOURCES
+from support.files import sha256
+
+# Estimates for the check of disk space: bytes of text per byte of a packed file, and bytes of .bin
+# per byte of text.
+UNPACKED = {".gz": 2.7}
+BIN_PER_TEXT = {"gpt2": 0.6, "words": 1, "bytes": 2}
+
+
+def default_folder(source):
+    """The folder of a source: data/tinystories, or data/my for .../my.txt.
+
+    Raises ValueError if that is the folder of a corpus which train.py looks for by its name.
+    """
+    path = Path(source)
+    name = path.resolve().name.strip(".").split(".")[0]
+    is_taken = name in ("facts", "facts-gpu", *SOURCES) and source not in SOURCES
+    if is_taken or not name:
+        raise ValueError(f"{source}: its folder would be data/{name}, which is not for texts: give "
+                         f"another one with --out data/NAME")
+    return f"data/{name}"
+
+
+def own_texts(source):
+    """The files that `source` names: itself, or the .txt files in it and its folders."""
+    path = Path(source)
+    if not path.is_dir():
+        return [path]
+    files = sorted(path.rglob("*.txt"))
+    if not files:
+        raise ValueError(f"{source}: there is no .txt file in this folder")
+    return files
+
+
+def check_source(source, local, from_file, small):
+    """Raise ValueError if a file is missing or a flag does not fit the source."""
+    known = list(SOURCES)
+    if source not in SOURCES and (small or from_file):
+        raise ValueError(f"--small and --from-file are for {' and '.join(known)}, not for {source}")
+    if len(from_file) > 2:
+        raise ValueError(f"--from-file got {len(from_file)} files: at most two, train then valid")
+    for path in local:
+        if not Path(path).is_file():
+            raise ValueError(f"{path}: no such file (facts, {', '.join(known)}, or the path of a "
+                             f"text)")
+
+
+def input_paths(source, local, downloads, small):
+    """The files to read, in order. local: the user's own files; if empty, they are downloaded."""
+    if local:
+        return [Path(path) for path in local]
+    names = SOURCES[source][1:] if small else SOURCES[source]
+    return [Path(downloads) / name for name in names]
+
+
+def name_files(source, paths, local):
+    """What settings say about the files: {name: bytes}, or {name: checksum} for local ones.
+
+    A text of your own may change and keep its size.
+    """
+    files = {}
+    for number, path in enumerate(paths):
+        if not local:
+            files[path.name] = HUB[path.name][1]
+        elif path.is_relative_to(source) and path != Path(source):  # in a folder of texts
+            files[path.relative_to(source).as_posix()] = sha256(path)[:16]
+        else:
+            name = path.name
+            if name in files:  # two files of one name, in two folders
+                name += f" ({number})"
+            files[name] = sha256(path)[:16]
+    return files
+
+
+def origin(path):
+    """What meta.json says about where a file came from: its place on the hub, or its path."""
+    if path.name in HUB:
+        return HUB[path.name][0] + path.name
+    return f"{path.parent}/{path.name}"
+
+
+def space_for_text(sizes, local, downloads, out, tokenizer):
+    """The needs for check_space. sizes: {path of a file to read: bytes}."""
+    needs = []
+    if not local:
+        # Files that are there, whole or in part (name.part), need not be downloaded again.
+        there = 0
+        for path in sizes:
+            there += sum(found.stat().st_size for found in path.parent.glob(path.name + "*"))
+        needs.append(("downloads", downloads, max(0, sum(sizes.values()) - there)))
+    text = sum(size * UNPACKED.get(path.suffix, 1) for path, size in sizes.items())
+    needs.append(("tokens", out, text * BIN_PER_TEXT[tokenizer]))
+    return needs
+
+
+def check_text_numbers(vocab_size, separator, val_fraction, workers):
+    """Raise ValueError for numbers and separators that cannot work."""
+    if not 1e-9 <= val_fraction <= 0.5:  # nan fails, too
+        raise ValueError(f"--val-fraction {val_fraction}: must be from 1e-9 to 0.5")
+    if not 258 <= vocab_size <= 65536:
+        raise ValueError(f"--vocab-size {vocab_size}: must be from 258 (bytes, a word, eot) to "
+                         f"65536 (uint16)")
+    if not separator:
+        raise ValueError("--separator must not be empty")
+    if workers < 0:
+        raise ValueError(f"--workers {workers}: must be at least 0")
