@@ -13,7 +13,8 @@ Moving bytes takes the time here, since there are only two FLOPs for each number
 the faster versions differ from the definitions in what they do not write to memory.
 
 N tokens · R reads per token · L = N*R lookups in all · S slots (rows of the table), D dims each
-n half-keys per side · K slots to select out of n*n · M candidate pairs of half-keys
+n half-keys per side: slot i*n + j stands for half-key i of the left side and j of the right
+K slots to select out of n*n · M candidate pairs of half-keys
 """
 import functools
 import os
@@ -214,7 +215,7 @@ def weights_gradient_torch(grad_y, values, indices):
     """
     N, R = indices.shape
     S = len(values)
-    # A sparse matrix should have no more entries in a row than columns.
+    # Not on a CPU, or more entries in a row than a sparse matrix should have: gather the rows.
     if values.device.type != "cpu" or R > S:
         return torch.einsum("nd,nrd->nr", grad_y, values[indices])  # (N, R)
     # A CSR matrix should have sorted, different columns. Ours are neither, and nothing checks them.
@@ -406,7 +407,7 @@ if triton is not None:
             token = (place // R).to(tl.int64)
             row = slot.to(tl.int64) * D + d  # (BLOCK_D,)
             ends_here = next_slot != slot
-            # Not a mask & ends_here: Triton's interpreter cannot spread that over d.
+            # D where the slot ends, 0 elsewhere: (d < D) & ends_here fails in the interpreter.
             dims_to_add_to = tl.where(ends_here, D, 0)
             w = tl.load(weights + place)
             g = tl.load(grad_y + token * D + d, mask=d < D, other=0.0).to(tl.float32)  # (BLOCK_D,)
@@ -665,7 +666,7 @@ def gather_shapes(values, indices, weights, grad_sum):
 def gather_backward_op(grad_y: torch.Tensor, values: torch.Tensor, indices: torch.Tensor,
                        weights: torch.Tensor, grad_sum: torch.Tensor | None,
                        ) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> the gradients of values (S, D), empty if it was added to grad_sum, and weights (N, R)."""
+    """-> the gradient of values (S, D), or an empty tensor if grad_sum took it; that of weights."""
     if uses_triton(values.device) and values.dtype != torch.float64:
         total = grad_sum
         if total is None:

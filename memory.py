@@ -45,7 +45,7 @@ def half_key_scores(queries, half_keys):
 
 def brute_force_topk(queries, half_keys, K):
     """The definition: score all n*n slots, take the K best. For tests and for reading."""
-    left, right = torch.einsum("nhsd,shkd->snhk", queries, half_keys)  # (N, H, n) both
+    left, right = torch.einsum("thsd,shnd->sthn", queries, half_keys)  # (N, H, n) both
     sums = left[..., :, None] + right[..., None, :]  # (N, H, n, n)
     return sums.flatten(-2).topk(K, dim=-1)  # (N, H, K) both
 
@@ -54,9 +54,9 @@ def product_key_topk(queries, half_keys, K):
     """The K slots whose product keys score highest (product keys, arXiv 1907.05242).
 
     The key of slot i*n + j is (half_keys[0, h, i], half_keys[1, h, j]), and its score with a query
-    is the sum of two dot products, one for each half. Which sums are largest is found by
-    kernel.topk_sums. Its ten lines are kernel.topk_sums_reference: the K best half-keys of each
-    side, then the K best of their few candidate sums.
+    is the sum of two dot products, one for each half. kernel.topk_sums finds the largest sums. For
+    how, read the ten lines of kernel.topk_sums_reference: the K best half-keys of each side, then
+    the K best of their few candidate sums.
 
     queries (N, H, 2, d), half_keys (2, H, n, d), of one dtype -> scores (N, H, K), largest first,
     and slots (N, H, K) int32 in [0, n*n). Exact. Raises ValueError if K > n.
@@ -115,10 +115,10 @@ class MemoryTable(nn.Module):
         values = torch.empty(n_keys**2, width, dtype=dtype)  # (S, D/P)
         self.values = nn.Parameter(values, requires_grad=has_grad)
         self.grad_sum = None  # (S, D/P) in at least float32
-        read_weight = torch.zeros(n_keys**2, dtype=torch.int64)  # (S,)
+        read_weight = torch.zeros(n_keys**2, dtype=torch.int64)  # (S,), in units of 2^-24
         self.register_buffer("read_weight", read_weight, persistent=False)
         self.counting = False
-        self.record = None  # a list: count_reads adds to it all slots and weights
+        self.record = None  # or a list, to which count_reads appends (slots, weights)
         self.init_weights()
 
     @torch.no_grad()
@@ -238,7 +238,7 @@ class Layer(nn.Module):
         return self.reads * self.table.dim if self.tables else 0
 
     def flops_per_token(self):
-        """FLOPs to train on one token: 6 for each weight or number read that it is multiplied with.
+        """FLOPs to train on one token: 6 for each weight of a matrix and each number that is read.
 
         What a search does with its scores is not counted.
         """
@@ -260,10 +260,10 @@ class ProductKeyMemory(Layer):
     """A memory layer, in place of a block's MLP: x (..., C) -> (..., C).
 
     Memory    y = sum over heads of softmax(top-K scores) @ values
-    gate      W2 (y * silu(W1 x)); without it W2 y if D != C
+    gate      the output is W2 (y * silu(W1 x)); without a gate it is y, or W2 y if D != C
     qk_norm   the halves of queries and keys are RMS-normed before they meet, and the score is
               divided by sqrt(d)
-    Memory+   both
+    Memory+   Memory with gate and qk_norm
 
     dim: C. table: a MemoryTable, which several layers may share. key_dim: of both halves together,
     default C/2. gate_open: the gate has a bias, and starts at 1 for every x. balanced: keep in
@@ -439,5 +439,5 @@ class Exchange(torch.autograd.Function):
         N, D = grad.shape
         slices = grad.view(N, P, D // P).transpose(0, 1).reshape(P * N, D // P)  # (P*N, D/P)
         mine = torch.empty_like(slices)  # (P*N, D/P)
-        dist.all_to_all_single(mine, slices, group=ctx.group)
+        dist.all_to_all_single(mine, slices.contiguous(), group=ctx.group)
         return mine, None

@@ -10,7 +10,8 @@ std 1/sqrt(inputs). `ffn` in the config says what replaces the MLP in the blocks
     print(model.param_counts(), model.flops_per_token())
 
 B, T, C batch, tokens, channels · nh attention heads of size hs, C = nh*hs · V vocabulary
-S, D slots and dims of the memory table · P ranks that share it, each with D/P dims of every slot
+n half-keys per side, so n*n slots in a memory table · D dims of a slot
+H heads of a memory layer · K slots read per head · R = H*K reads per token
 """
 import pkgutil
 from collections import Counter
@@ -224,7 +225,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config.check()
         C = config.n_embd
-        table_of = {}  # number of a block in mem_layers: the table that its layer reads, or None
+        table_of = {}  # {number of a memory block: the table it reads, None for a kind without}
         table = None
         for number in config.mem_layers:
             if table is None or not config.mem_share:
@@ -272,7 +273,7 @@ class GPT(nn.Module):
         (B, 1, V), and None. caches: a list with (k, v) or None for each block, read and refilled in
         place, for generation; once they are filled, T = 1. history: all tokens up to and including
         idx, (B, >= T), for a layer that wants tokens. Raises ValueError if the context is longer
-        than block_size. In training the balance losses of the layers are added.
+        than block_size. In training, the weighted mean of the layers' balance losses is added.
         """
         B, T = idx.size()
         past = 0
@@ -323,7 +324,7 @@ class GPT(nn.Module):
                 caches = None
             if caches is None:
                 new = context  # (B, T)
-                caches = [None] * self.config.n_layer  # without use_cache it stays like this
+                caches = [None] * self.config.n_layer  # refilled by the call below if use_cache
             used = caches if use_cache else None
             logits, _ = self(new, caches=used, history=context)  # (B, 1, V)
             token = sample_token(logits[:, -1].float(), temperature, top_k, top_p, generator)
@@ -382,6 +383,7 @@ class GPT(nn.Module):
             self(idx)
             found = []
             for block, layer in self.memories() if self.tables else []:
+                # Layers that share a table have left one record each, in the order of the blocks.
                 slots, weights = layer.table.record.pop(0)  # (B*T, R) both
                 found.append((block, slots.view(*idx.shape, -1), weights.view(*idx.shape, -1)))
         finally:

@@ -247,16 +247,17 @@ class Trainer:
 
         # The rows of each global batch that this rank reads in each micro-step.
         micro = s.micro_batch_size or s.batch_size // world
-        self.rows = np.arange(s.batch_size).reshape(world, -1, micro)[rank]  # (steps, micro)
+        self.rows = np.arange(s.batch_size).reshape(world, -1, micro)[rank]  # (micro-steps, micro)
 
         self.P = settings.slices(s, world)
         mesh = None
         if world > 1 and kind_of(s).can_be_sliced:
             mesh = init_device_mesh(device.split(":")[0], (world // self.P, self.P),
                                     mesh_dim_names=("replica", "slice"))
-        self.first_step = 0
+        # What earlier processes did of this run, see go_on. The loop does not change these three.
+        self.steps_done = 0
         self.seconds = 0.0
-        self.line = None  # numbers of the last step of a run that had only its end left to do
+        self.line = None  # the log line of the last step, if only the end of the run is left
         if resume:
             self.model, saved = load_same_run(s, meta, device, mesh)
         elif s.init_from:
@@ -274,7 +275,7 @@ class Trainer:
         self.optimizers[0].load_state_dict(saved["optimizer"])
         if self.model.tables:
             self.optimizers[1].load(saved["tables"], saved["step"])
-        self.first_step = saved["step"]
+        self.steps_done = saved["step"]
         self.seconds = saved["seconds"]
         self.line = saved.get("line")
 
@@ -362,7 +363,8 @@ def evaluate(model, loader, count, ctx, rank=0, world=1):
     model.eval()
     device = next(model.parameters()).device
     count = min(count, loader.windows)
-    mine, real = share_out(count, rank, world)  # (each,), numbers of windows among count
+    # mine (each,): the windows of this rank. After `real` of them come repeats that do not count.
+    mine, real = share_out(count, rank, world)
     at_once = model.windows_at_once(loader.T)
     total = 0.0
     for i in range(0, len(mine), at_once):
@@ -376,7 +378,7 @@ def evaluate(model, loader, count, ctx, rank=0, world=1):
 
 @torch.no_grad()
 def ask_facts(model, facts, meta, read, rank=0, world=1, count=None):
-    """What the model knows of the facts corpus after reading a `read` share of it.
+    """What the model knows of the facts corpus, having read it `read` times (0.5: half of it).
 
     facts: the arrays of recall.npz. count: ask only so many facts, and return {"recall"} alone.
     Otherwise: recall, recall_by_exposures, recall_control, recall_unseen_phrasing, bits_stored and
@@ -464,7 +466,7 @@ class Run:
         self.facts = facts
         self.out = Path(self.s.out_dir)
         self.val = Loader(self.s.data, "val", meta, self.s)
-        self.watch = Stopwatch(trainer.seconds, trainer.first_step)
+        self.watch = Stopwatch(trainer.seconds, trainer.steps_done)
         self.is_first_rank = trainer.rank == 0
         self.tokens_per_step = self.s.batch_size * self.s.block_size
         self.flops = trainer.model.flops_per_token()
@@ -475,10 +477,10 @@ class Run:
         s = self.s
         trainer = self.trainer
         stop = StopRequest()
-        first = trainer.first_step + 1
+        first = trainer.steps_done + 1
         next_look = first
         line = trainer.line
-        for step in range(first, s.max_steps + 1):
+        for step in range(first, s.max_steps + 1):  # from 1; Trainer.step counts from 0
             is_last = step == s.max_steps
             time_to_evaluate = step % s.eval_every == 0 and not is_last
             time_to_log = is_last or time_to_evaluate or step % s.log_every == 0
@@ -489,7 +491,7 @@ class Run:
 
             # Looking at the loss makes the CPU wait for the device, so we look only when something
             # depends on it. All ranks must look in the same step, since they decide together.
-            warmed_up = step == trainer.first_step + WARM_UP  # ends the lap that is not timed
+            warmed_up = step == trainer.steps_done + WARM_UP  # ends the lap that is not timed
             may_stop = bool(stop) if trainer.world == 1 else step >= next_look
             if not (time_to_log or warmed_up or may_stop):
                 continue
@@ -552,7 +554,7 @@ class Run:
                                     trainer.rank, trainer.world)
         known = {}
         if self.facts:
-            # The share of the corpus that was read by now.
+            # How often the corpus was read by now: 0.5 is half of it.
             read = line["step"] * self.s.batch_size / trainer.loader.windows
             known = ask_facts(trainer.model, self.facts, self.meta, read, trainer.rank,
                               trainer.world, count)
@@ -577,7 +579,7 @@ class Run:
         again. line: the numbers of the last step.
         """
         s = self.s
-        was_saved = self.trainer.first_step == s.max_steps
+        was_saved = self.trainer.steps_done == s.max_steps
         is_saved = was_saved or self.save(s.max_steps, line=line)
         known = self.evaluate(line, count=None)
         trainer = self.trainer
@@ -650,7 +652,7 @@ def train(s, preset, resume):
             profile(trainer)
             return 0
         if rank == 0:
-            run_folder.prepare_folder(s, preset, trainer.first_step, hardware)
+            run_folder.prepare_folder(s, preset, trainer.steps_done, hardware)
         return Run(trainer, meta, facts, hardware).loop()
 
 

@@ -134,7 +134,7 @@ def describe_run(trainer, preset, hardware):
                        if name in counts)
     epochs = s.max_steps * s.batch_size / trainer.loader.windows
     tokens = f"{len(trainer.loader.tokens):,} tokens"
-    name = s.out_dir if trainer.first_step else preset  # a resumed run may be of any preset
+    name = s.out_dir if trainer.steps_done else preset  # a resumed run may be of any preset
     lines = [
         f"{name} · {s.ffn} · seed {s.seed} · {hardware} x {trainer.world} · "
         f"torch {torch.__version__} · compile {compiled}",
@@ -144,8 +144,8 @@ def describe_run(trainer, preset, hardware):
         f"data: {s.data}, {tokens}; {s.max_steps} steps of {s.batch_size * s.block_size:,} "
         f"read it {epochs:.2f} times",
     ]
-    if trainer.first_step:
-        lines[-1] += f" · resumed at step {trainer.first_step}"
+    if trainer.steps_done:
+        lines[-1] += f" · resumed at step {trainer.steps_done}"
     elif s.init_from:
         lines[-1] += f" · begins with the weights of {s.init_from}"
     return "\n".join(lines)

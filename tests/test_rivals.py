@@ -444,7 +444,7 @@ def test_a_run_is_saved_and_goes_on(kind, data, tmp_path):
         stopped.step(i)
     assert stopped.save(12, 0.0) is None
     resumed = trainer(kind, data, out, resume=True)
-    assert resumed.first_step == 12
+    assert resumed.steps_done == 12
     assert [resumed.step(i)[0].item() for i in range(12, 24)] == losses[12:]
     for (name, p), q in zip(whole.model.state_dict().items(), resumed.model.state_dict().values()):
         assert torch.equal(p, q), name

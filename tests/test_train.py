@@ -494,7 +494,7 @@ def test_describe_run(data):
     # 40 steps of 16 windows of 9 tokens; 2,000 windows and the last target.
     assert text == f"data: {data}, 18,001 tokens; 40 steps of 144 read it 0.32 times"
 
-    trainer.first_step = 20
+    trainer.steps_done = 20
     assert run_folder.describe_run(trainer, "facts", "").endswith(" · resumed at step 20")
     dense = make_trainer(data, "--ffn", "dense")
     assert run_folder.describe_run(dense, "facts", "").split("\n")[1] == "no memory layers"
