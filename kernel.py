@@ -206,6 +206,17 @@ def values_gradient_torch(grad_y, indices, weights, S):
     return F.embedding_bag(tokens, grad_y, begins, mode="sum", per_sample_weights=sorted_weights)
 
 
+def values_gradient_rows(grad_y, indices, weights):
+    """values_gradient_torch of the U rows that are read alone -> rows (U,), gradients (U, D)."""
+    slots, order = group_by_slot(indices)  # (L,) both
+    rows, counts = slots.unique_consecutive(return_counts=True)  # (U,) both
+    begins = (counts.cumsum(0) - counts).int()  # (U,)
+    tokens = order // indices.shape[1]  # (L,)
+    sorted_weights = weights.view(-1).index_select(0, order)  # (L,)
+    grads = F.embedding_bag(tokens, grad_y, begins, mode="sum", per_sample_weights=sorted_weights)
+    return rows, grads
+
+
 def weights_gradient_torch(grad_y, values, indices):
     """The gradient of weights[t, r] is the dot product <grad_y[t], values[indices[t, r]]>.
 
@@ -619,7 +630,7 @@ def topk_sums_backward_triton(grad, slots, n, dtype):
 # torch.compile cannot look into our kernels. custom_op makes each function one node of its graph,
 # register_fake says which shapes and dtypes come out, register_autograd how the backward is made.
 
-def gather(values, indices, weights, grad_sum=None):
+def gather(values, indices, weights, grad_sum=None, sparse=False):
     """y[t] = sum_r weights[t, r] * values[indices[t, r]]: R weighted rows of a table per token.
 
     This is y = s V of Memory Layers at Scale (arXiv 2412.09764).
@@ -630,7 +641,8 @@ def gather(values, indices, weights, grad_sum=None):
     bits on every run. Raises ValueError for shapes that do not fit.
 
     grad_sum (S, D) float32: if given, the gradient of values is added to it in place, and values
-    needs no grad.
+    needs no grad. sparse: the gradient of values is a sparse tensor of the rows that are read, in
+    weights' dtype. That works on a CPU, not compiled.
     """
     most_lookups = 2**31 - 2 * BACKWARD_CHUNK  # the kernels count lookups in 32 bits
     shapes_fit = values.dim() == 2 and indices.dim() == 2 and indices.shape == weights.shape
@@ -646,19 +658,20 @@ def gather(values, indices, weights, grad_sum=None):
     if is_empty or on_mps:
         return gather_reference(values, indices, weights)  # (N, D)
     indices = indices.int().contiguous()  # (N, R)
-    return gather_op(values.contiguous(), indices, weights.contiguous(), grad_sum)  # (N, D)
+    return gather_op(values.contiguous(), indices, weights.contiguous(), grad_sum, sparse)
 
 
 @torch.library.custom_op("nanomemory::gather", mutates_args=())
 def gather_op(values: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor,
-              grad_sum: torch.Tensor | None) -> torch.Tensor:
+              grad_sum: torch.Tensor | None, sparse: bool = False) -> torch.Tensor:
+    """grad_sum and sparse are for the backward, see gather_autograd."""
     if uses_triton(values.device) and values.dtype != torch.float64:
         return gather_triton(values, indices, weights)
     return gather_torch(values, indices, weights)
 
 
 @gather_op.register_fake
-def gather_shapes(values, indices, weights, grad_sum):
+def gather_shapes(values, indices, weights, grad_sum, sparse=False):
     return values.new_empty(indices.shape[0], values.shape[1])
 
 
@@ -688,16 +701,24 @@ def gather_backward_shapes(grad_y, values, indices, weights, grad_sum):
 
 
 def gather_save(ctx, inputs, output):
-    values, indices, weights, grad_sum = inputs
+    values, indices, weights, grad_sum, ctx.sparse = inputs
     ctx.save_for_backward(values, indices, weights)
     ctx.grad_sum = grad_sum  # not among the saved tensors: those must not be written to
 
 
 def gather_autograd(ctx, grad_y):
+    if ctx.sparse:
+        values, indices, weights = ctx.saved_tensors
+        grad_y = grad_y.to(weights.dtype)  # (N, D)
+        rows, grads = values_gradient_rows(grad_y, indices, weights)  # (U,), (U, D)
+        grad_values = torch.sparse_coo_tensor(rows[None], grads, values.shape, is_coalesced=True,
+                                              check_invariants=False)
+        grad_w = weights_gradient_torch(grad_y, values.to(weights.dtype), indices)  # (N, R)
+        return grad_values, None, grad_w, None, None
     grad_values, grad_w = gather_backward_op(grad_y.contiguous(), *ctx.saved_tensors, ctx.grad_sum)
     if ctx.grad_sum is not None:
         grad_values = None
-    return grad_values, None, grad_w, None
+    return grad_values, None, grad_w, None, None
 
 
 gather_op.register_autograd(gather_autograd, setup_context=gather_save)

@@ -24,6 +24,7 @@ B, T, C batch, tokens, channels · N tokens, B*T · H heads · K slots read per 
 n half-keys per side · S = n*n slots · D value dim · d half-key dim · P ranks that share one table
 """
 import math
+import weakref
 
 import torch
 import torch.distributed as dist
@@ -85,12 +86,12 @@ class MemoryTable(nn.Module):
 
     A layer does not own its table: register the table once in your model.
 
-    float32, in one process: values is a parameter like any other. Training takes 16 bytes a value
-    (the gradient and AdamW's two moments included), and autograd makes a gradient of the table's
-    size for each layer that reads it.
-    bfloat16, or over several ranks: values has no .grad. The gather adds the gradients of all
-    layers to `grad_sum` in place. support.table_adamw.TableAdamW makes grad_sum and updates the
-    values from it; under any other optimizer they do not train.
+    float32, in one process: values is a parameter like any other. Training with AdamW takes 16
+    bytes a value (the gradient and two moments included), and autograd makes a gradient of the
+    table's size for each layer that reads it. With RowAdam it takes 8.
+    bfloat16, or over several ranks: values trains under two optimizers alone. RowAdam gives it a
+    float32 .grad. support.table_adamw.TableAdamW gives it a grad_sum, to which the gather adds the
+    gradients of all layers in place; then it has no .grad.
 
     mesh: a torch DeviceMesh ("replica", "slice") of several ranks. The P ranks along "slice" hold
     D/P dims of every slot each. Raises ValueError if P does not divide dim.
@@ -135,11 +136,26 @@ class MemoryTable(nn.Module):
         """
         self.count_reads(slots, weights)
         if self.parts == 1:
-            return gather(self.values, slots, weights, self.grad_sum)  # (N, D)
+            return self.gather(slots, weights)  # (N, D)
         slots = AllGather.apply(slots.int(), self.group)  # (P*N, R)
         weights = AllGather.apply(weights, self.group)  # (P*N, R)
-        y = gather(self.values, slots, weights, self.grad_sum)  # (P*N, D/P)
+        y = self.gather(slots, weights)  # (P*N, D/P)
         return Exchange.apply(y, self.group)  # (N, D)
+
+    def gather(self, slots, weights):
+        """The weighted sums of the dims that are here: slots, weights (N, R) -> (N, D/P)."""
+        by_row = self.by_row(slots.numel())
+        return gather(self.values, slots, weights, self.grad_sum, by_row)
+
+    def rows(self, slots):
+        """The values of slots (N, R) themselves -> (N, R, D). Only of a whole table."""
+        return F.embedding(slots, self.values, sparse=self.by_row(slots.numel()))
+
+    def by_row(self, lookups):
+        """Whether the gradient of so many lookups is a sparse tensor of rows, for RowAdam."""
+        if torch.compiler.is_compiling() or self.values.device.type != "cpu":
+            return False
+        return lookups < len(self.values) and self.values in ROW_GRADIENTS
 
     def count_reads(self, slots, weights):
         """While counting, add up how much of each slot is read. slots, weights (N, R)."""
@@ -329,7 +345,7 @@ class ProductKeyMemory(Layer):
         return slots, scores.softmax(dim=-1)
 
     def forward(self, x):
-        slots, weights = self.search(x.flatten(0, -2))  # (N, H, K) both
+        slots, weights = self.search(x.reshape(-1, x.shape[-1]))  # (N, H, K) both
         # Heads read the same table and are summed, so they are just more reads: R = H*K.
         y = self.table.read(slots.flatten(1), weights.flatten(1))  # (N, D)
         y = y.view(*x.shape[:-1], self.table.dim).to(x.dtype)  # (..., D)
@@ -381,6 +397,204 @@ class ProductKeyMemory(Layer):
     def param_counts(self):
         half_keys = self.half_keys.numel()
         return dict(dense=super().param_counts()["dense"] - half_keys, half_keys=half_keys)
+
+
+# ---- the optimizer of the table
+
+
+class RowAdam(torch.optim.Optimizer):
+    """Adam for memory tables, without momentum and with one number per row: only read rows move.
+
+        v <- beta2 * v + (1 - beta2) * mean over D of g^2                   v (S,)
+        values <- values - lr * g / (sqrt(v / (1 - beta2^t)) + eps)         where g is not 0
+
+    A row-wise second moment is usual for embedding tables (row-wise Adagrad, arXiv 1906.00091).
+    Training takes 8 bytes a value in float32, 6 in bfloat16: the value and its float32 gradient.
+
+    tables: list of MemoryTable, in float32 or bfloat16, which is rounded randomly. clip: largest
+    norm of the gradient, of all tables together. It clips by itself, since the norm needs all
+    slices of a table, and averages over replicas. After step(), `norm` is the norm before clipping.
+    On a CPU, not compiled, a step costs what was read: see RowGradient.
+    """
+
+    def __init__(self, tables, lr, beta2=0.99, eps=1e-8, clip=math.inf):
+        super().__init__([table.values for table in tables], dict(lr=lr, beta2=beta2, eps=eps))
+        self.tables = list(tables)
+        self.clip = clip
+        self.norm = None
+        for table in self.tables:
+            p = table.values  # (S, D/P)
+            p.requires_grad_(True)
+            p.grad_dtype = torch.promote_types(p.dtype, torch.float32)
+            v = torch.zeros(len(p), dtype=p.grad_dtype, device=p.device)  # (S,)
+            self.state[p] = dict(step=0, v=v)
+            if p not in ROW_GRADIENTS:
+                ROW_GRADIENTS[p] = RowGradient(p)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Update the tables that have a gradient. Returns what the closure returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found = []  # of each table with a gradient: rows, their gradient, the sums of its squares
+        for table in self.tables:
+            if table.values.grad is not None:
+                found.append((table, *self.read_rows(table)))
+        total = torch.stack([squares.sum() for *_, squares in found]).sum() if found else None
+        if found:
+            self.norm = total.sqrt().float()  # ()
+            scale = (self.clip / (self.norm + 1e-6)).clamp(max=1.0)  # ()
+            for table, rows, g, squares in found:
+                self.update(table, rows, g, squares, scale)
+        return loss
+
+    def read_rows(self, table):
+        """-> rows (U,), or None for all; their gradient g (U, D/P); sums of g^2 over all D (U,)."""
+        p = table.values
+        if table.mesh is not None:
+            dist.all_reduce(p.grad, group=table.mesh.get_group("replica"))
+            p.grad.div_(table.mesh.size())  # the loss is the mean over the tokens of all ranks
+        rows = ROW_GRADIENTS[p].rows_of(p.grad)
+        g = take(p.grad, rows)  # (U, D/P)
+        squares = torch.linalg.vector_norm(g, dim=1).double().square()  # (U,)
+        if table.parts > 1:
+            dist.all_reduce(squares, group=table.group)
+        return rows, g, squares
+
+    def update(self, table, rows, g, squares, scale):
+        """Move the rows by the gradient scale * g. squares (U,): the sums of g^2 over all D."""
+        p = table.values
+        group = self.param_groups[0]
+        state = self.state[p]
+        state["step"] += 1
+        beta2 = group["beta2"]
+        v = state["v"].mul_(beta2)  # (S,)
+        added = ((1 - beta2) / table.dim * scale**2 * squares).to(v.dtype)  # (U,)
+        add_rows(v, rows, added)
+        root = (take(v, rows) / (1 - beta2 ** state["step"])).sqrt() + group["eps"]  # (U,)
+        change = g * (-group["lr"] * scale / root)[:, None]  # (U, D/P)
+        if p.dtype == torch.bfloat16:
+            bits = noise(state["step"], rows, table.dims, p)  # (U, D/P)
+            new = round_randomly(take(p, rows).float() + change, bits)  # (U, D/P)
+            if rows is None:
+                p.copy_(new)
+            else:
+                p.index_copy_(0, rows, new)
+        else:
+            add_rows(p, rows, change)
+
+    def slices(self):
+        """What a checkpoint keeps of each table: this rank's values (S, D/P), and v (S,)."""
+        return [dict(values=table.values.detach(), v=self.state[table.values]["v"])
+                for table in self.tables]
+
+    def load(self, saved, step):
+        """Go on after `step` steps. saved: for each table {"v": [v, ...]}, alike on all ranks."""
+        for table, of_ranks in zip(self.tables, saved):
+            state = self.state[table.values]
+            state.update(step=step, v=of_ranks["v"][0].to(table.values.device, copy=True))
+
+
+class RowGradient:
+    """Lets the gradient of some rows of a table cost what these rows cost.
+
+    It is a hook of `values`. Sparse gradients are added to one dense buffer, which is values.grad,
+    and stays when zero_grad sets that to None: then the rows that were written are cleared before
+    the next gradient comes. rows: the rows with a gradient, or None: all may have one.
+    """
+
+    def __init__(self, values):
+        self.values = weakref.ref(values)
+        self.buffer = None  # (S, D)
+        self.rows = []
+        values.register_hook(self)
+
+    @torch.no_grad()
+    def __call__(self, grad):
+        """autograd calls this with each gradient, before it adds it to values.grad."""
+        values = self.values()
+        if not grad.is_sparse:
+            self.rows = None
+            return grad
+        grad = grad.coalesce()
+        if values.grad is None:
+            values.grad = self.empty_buffer(values)
+        if self.rows is not None:
+            self.rows.append(grad.indices()[0])
+        return grad
+
+    def empty_buffer(self, values):
+        """The buffer without what the last gradient left in it."""
+        if self.buffer is None:
+            self.buffer = torch.zeros_like(values, dtype=values.grad_dtype)  # (S, D)
+        elif self.rows is None or dist.is_initialized():  # other ranks have other rows
+            self.buffer.zero_()
+        else:
+            for rows in self.rows:
+                self.buffer.index_fill_(0, rows, 0)
+        self.rows = []
+        return self.buffer
+
+    def rows_of(self, grad):
+        """The rows that may have a gradient, (U,) sorted, or None: all."""
+        if grad is not self.buffer or self.rows is None or dist.is_initialized():
+            return None
+        return self.rows[0] if len(self.rows) == 1 else torch.cat(self.rows).unique()
+
+
+def add_rows(x, rows, change):
+    """Add to some rows of x (S, ...) in place, or to all if rows is None."""
+    if rows is None:
+        x.add_(change)
+    else:
+        x.index_add_(0, rows, change)
+
+
+def take(x, rows):
+    """Some rows of x (S, ...), or None: x itself."""
+    return x if rows is None else x.index_select(0, rows)
+
+
+# The tables that RowAdam trains: values, and their RowGradient.
+ROW_GRADIENTS = torch.utils.weak.WeakTensorKeyDictionary()
+
+
+def noise(step, rows, dims, values):
+    """16 random bits for each place of some rows, from step and place alone: (U, D/P) int64.
+
+    rows: (U,), or None for all. A table in slices is rounded as the whole one.
+    """
+    row = take(torch.arange(len(values), device=values.device), rows)  # (U,)
+    column = torch.arange(dims.start, dims.stop, device=values.device)  # (D/P,)
+    step = torch.full((), step, device=values.device)
+    return scramble(scramble(scramble(step) ^ row[:, None]) ^ column) & 0xFFFF
+
+
+def scramble(x):
+    """A hash of integers: int64, of which the lower 32 bits count -> int64 in [0, 2^32).
+
+    Neighbours get unrelated results, so that it serves as noise that depends on place and step
+    alone. The factor is odd and small enough for the product to fit in 64 bits.
+    """
+    for _ in range(2):
+        x = x & 0xFFFFFFFF
+        x = (x ^ (x >> 16)) * 0x45D9F3B
+    x = x & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def round_randomly(x, noise):
+    """float32 -> bfloat16, up or down with the probabilities that keep the mean.
+
+    bfloat16 is float32 without its lower 16 bits. Adding 16 random bits before cutting those off
+    rounds up in proportion to what is cut off. Rounded to the nearest instead, an update below
+    1/512 of a number would be lost every time. noise: integers in [0, 2^16). NaN stays NaN.
+    """
+    bits = x.view(torch.int32) + noise.int()
+    rounded = (bits >> 16).to(torch.int16).view(torch.bfloat16)
+    return torch.where(x.isnan(), torch.nan, rounded)
 
 
 # ---- parallel memory: one table over P ranks

@@ -238,11 +238,22 @@ class GPT(nn.Module):
             Block(config, i, table_of.get(i)) for i in range(config.n_layer))
         self.norm = nn.LayerNorm(C, bias=False)
         self.head = nn.Linear(C, config.vocab_size, bias=False)
-        self.head.weight = self.wte.weight  # tied (V, C)
-        cos, sin = rotary(C // config.n_head, config.block_size, "cpu")  # (block_size, hs) both
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        self.register_buffer("cos", torch.empty(0, dtype=torch.float32), persistent=False)
+        self.register_buffer("sin", torch.empty(0, dtype=torch.float32), persistent=False)
+        self.complete()
+        self.register_load_state_dict_post_hook(GPT.complete)
         self.init_weights()
+
+    def complete(self, _=None):
+        """Tie the head and make the positions, also after load_state_dict.
+
+        Checkpoints do not hold them, and a model that comes from the meta device has lost them.
+        """
+        self.head.weight = self.wte.weight  # tied (V, C)
+        hs = self.config.n_embd // self.config.n_head
+        cos, sin = rotary(hs, self.config.block_size, "cpu")  # (block_size, hs) both
+        self.cos = cos.to(self.wte.weight.device, self.cos.dtype)
+        self.sin = sin.to(self.wte.weight.device, self.sin.dtype)
 
     @torch.no_grad()
     def init_weights(self):
@@ -293,6 +304,11 @@ class GPT(nn.Module):
             if caches is not None:
                 caches[i] = cache
         x = self.norm(x)  # (B, T, C)
+        # A loss that stayed in its layer would keep its graph alive, and could not be copied.
+        balanced = [layer for _, layer in self.memories() if layer.balance_weight]
+        balances = [layer.balance for layer in balanced]
+        for _, layer in self.memories():
+            layer.balance = None
         if targets is None:
             return self.head(x[:, -1:]), None  # (B, 1, V)
         logits = self.head(x)  # (B, T, V)
@@ -301,10 +317,8 @@ class GPT(nn.Module):
                                reduction=reduction)
         if reduction == "none":
             loss = loss.view(B, T)
-        balanced = [layer for _, layer in self.memories() if layer.balance_weight]
         if self.training and balanced:
-            balance = torch.stack([layer.balance for layer in balanced]).mean()
-            loss = loss + balanced[0].balance_weight * balance
+            loss = loss + balanced[0].balance_weight * torch.stack(balances).mean()
         return logits.detach(), loss
 
     @torch.no_grad()

@@ -55,6 +55,7 @@ from support.fields import flag
 from support.files import reading, sha256
 from support.invented import (FIRST_NAMES, LAST_NAMES, NAMES, RELATIONS, TRAINED_PHRASINGS,
                               check_facts)
+from support.own_facts import counted
 from support.text import BATCH, batches, plan_files
 
 EOT = "<|endoftext|>"
@@ -102,12 +103,15 @@ class Tokenizer:
         """str -> list of int. The characters <|endoftext|> are ordinary text, never eot."""
         return self.tiktoken.encode_ordinary(self.with_first_space(text))
 
-    def encode_to_numpy(self, text):
+    def encode_to_numpy(self, text, begins=True):
         """The same tokens as a (tokens,) array of little-endian uint16.
 
-        tiktoken releases Python's lock while it encodes, so other threads can run.
+        begins: whether the text is the beginning of a document, not a later piece. tiktoken
+        releases Python's lock while it encodes, so other threads can run.
         """
-        ids = self.tiktoken.encode_to_numpy(self.with_first_space(text), disallowed_special=())
+        if begins:
+            text = self.with_first_space(text)
+        ids = self.tiktoken.encode_to_numpy(text, disallowed_special=())
         return ids.astype("<u2")
 
     def unknown_words(self, text):
@@ -171,11 +175,13 @@ def frequent_words(found, vocab_size):
     """
     counts = collections.Counter()
     for batch in found:
-        for split, text, _ in batch:
+        begins = True
+        for split, text, ends in batch:
+            if begins and not text[:1].isspace():
+                text = " " + text  # as Tokenizer does
+            begins = ends
             if split != "train":
                 continue
-            if not text[:1].isspace():
-                text = " " + text  # as Tokenizer does
             counts.update(re.findall(WORDS, text))
             # Forget what was rare so far, so that memory stays bounded.
             if len(counts) > 2_000_000:
@@ -236,8 +242,9 @@ def make_facts(out="data/facts", people=8000, relations=5, answers=64, documents
             unseen=windows[:, -1], unseen_span=spans[:, -1],
             exposures=exposures, control=np.arange(F) >= people * relations,
             subject=np.repeat(subjects, relations))
-        print(f"{people:,} people ({control:,} more are never named), {F:,} facts, windows of "
-              f"{window} tokens, exposures {quartiles(exposures[:people * relations])}")
+        print(f"{counted(people, 'person', 'people')} ({counted(control, 'more is', 'more are')} "
+              f"never named), {counted(F, 'fact')}, windows of {window} tokens, exposures "
+              f"{quartiles(exposures[:people * relations])}")
         write_meta(folder, tok, {"train": documents, "val": val_documents}, source="invented",
                    settings=settings, window=window, people=people, relations=relations,
                    answers=answers, control_people=control)
@@ -366,9 +373,9 @@ def make_own_facts(from_file, out="data/own", control=0.025, documents=0, val_do
         write_facts(folder / "val.bin", val_documents, validated, windows, F, tok, examples=6)
         np.savez_compressed(folder / "recall.npz", **own_facts.recall_arrays(
             facts, sentences, windows, exposures, is_control))
-        print(f"{F:,} facts ({is_control.sum():,} of them are never in the text), "
-              f"{len(patterns):,} relations, windows of {window} tokens, exposures "
-              f"{quartiles(exposures[~is_control])}")
+        never = counted(is_control.sum(), "of them is", "of them are")
+        print(f"{F:,} facts ({never} never in the text), {counted(len(patterns), 'relation')}, "
+              f"windows of {window} tokens, exposures {quartiles(exposures[~is_control])}")
         own_tokens = own_facts.share_with_own_token(facts, tok)
         print(f"{own_tokens:.0%} of the subjects have a token that no other subject has "
               f"(docs/results.md: what that means for a memory layer)")
@@ -432,8 +439,9 @@ def make_text(source, out="", tokenizer="gpt2", vocab_size=8192, separator=EOT, 
             return
         count = write_tokens(folder, tokenized(batches(plan, separator, every), tok, workers), tok)
         if not all(count.values()):
-            raise ValueError(f"{source}: {count['train']} documents to train on, {count['val']} "
-                             f"to validate on: more text is needed")
+            to_train = counted(count["train"], "document")
+            raise ValueError(f"{source}: {to_train} to train on, {count['val']} to validate on: "
+                             f"more text is needed")
         origins = [sources.origin(path) for path in paths]
         write_meta(folder, tok, count, source=origins, settings=settings)
     val_tokens = (Path(out) / "val.bin").stat().st_size // 2
@@ -447,11 +455,13 @@ def encode_batch(tok, batch):
     """A batch of batches() -> {split: (tokens,) uint16}, with eot where a document ends."""
     eot = np.array([tok.eot], "<u2")
     parts = {"train": [], "val": []}
+    begins = True  # whether the next text is the beginning of a document
     for split, text, ends in batch:
         if text:
-            parts[split].append(tok.encode_to_numpy(text))
+            parts[split].append(tok.encode_to_numpy(text, begins))
         if ends:
             parts[split].append(eot)
+        begins = ends
     empty = np.empty(0, "<u2")
     return {split: np.concatenate([empty, *arrays]) for split, arrays in parts.items()}
 

@@ -17,12 +17,12 @@ Write with a trained model, ask it the facts that it has read, inspect its memor
 
 Text and tables go to stdout, one line about the model to stderr. A run folder of train.py is all
 that is needed. The facts of --recall, --ablate-memory, --slot and --forget are those of the facts
-corpus that the run was trained on: whether the model completes a sentence with the right answer,
-and how often the training text states it. The control facts are never in the text: they show what
-guessing gives. --teach and --forget write a new run folder and leave the old one as it is.
+corpus that the run was trained on. --recall shows whether the model completes a sentence with the
+right answer, and how often the training text states it. The control facts are never in the text:
+they show what guessing gives. --teach and --forget write a new run folder and leave the old one as
+it is.
 
-B, T samples, tokens · V, C vocabulary, width · S, D slots and dims of the memory table
-H, K heads of a memory layer, slots that each of them reads · R = H*K · F facts
+B, T samples, tokens · V, C vocabulary, width
 
 This file, from top to bottom: the model, writing, asking, the command line. Inspecting is in
 support/look.py, ablating, teaching and forgetting in support/edit.py.
@@ -79,7 +79,7 @@ def load(args):
 def write(model, tok, about, args):
     """Print --num-samples texts: a single one as it is written, several when all are done."""
     ids = ids_of(tok, args.prompt, args.run)
-    ablated = edit.ablate(model, tok, args)
+    ablated = edit.ablate(model, args)
     print(", ".join(filter(None, [about, ablated])), file=sys.stderr)
     pieces = samples(model, tok, ids, args)
     if args.num_samples == 1:
@@ -102,7 +102,8 @@ def ids_of(tok, prompt, run):
         print(f"{unknown[0]!r} is not in this run's vocabulary: it is spelled in bytes, one token "
               f"each", file=sys.stderr)
     # An end-of-text token begins a document. In the facts corpus each window is one document, so
-    # the model has seen no sentence without it. Other text was cut anywhere: a prompt stands alone.
+    # the model has seen no sentence without it. Windows of other text begin anywhere, so there a
+    # prompt needs none.
     return [tok.eot] + ids if is_facts(run) or not ids else ids
 
 
@@ -150,7 +151,7 @@ def recall(model, tok, about, args):
     """Print a table of facts: what the model answers, and what is right."""
     facts = read_facts(args.run)
     asked = choose_facts(facts, args)
-    ablated = edit.ablate(model, tok, args)
+    ablated = edit.ablate(model, args)
     print(about, file=sys.stderr)
     print(ROW.format("asked", "answered", "right one", "", "times in the training text"))
     count = 0
@@ -228,7 +229,7 @@ def make_parser():
     what.add_argument("--recall", nargs="?", const="", metavar="NAME",
                       help="ask the facts about NAME, or a random handful")
     what.add_argument("--show-memory", nargs="+", metavar="PROMPT", help="which slots each token "
-                      "reads; with more prompts also how many of them the tokens of those read")
+                      "reads; with more prompts, how many of these each other one shares")
     what.add_argument("--slot", type=int, help="who reads this slot, and what it writes")
     what.add_argument("--map", action="store_true", help="draw which slots are used")
     what.add_argument("--teach", metavar="FACTS", help="teach the facts of this table, as in "
@@ -276,8 +277,8 @@ def read_args(argv):
     ablates = args.ablate_block is not None or args.ablate_memory is not None
     others = [args.show_memory, args.slot, args.teach, args.forget, args.map or None]
     if ablates and any(other is not None for other in others):
-        raise ValueError("--ablate-memory and --ablate-block go with --prompt, --recall or nothing "
-                         "else: leave the rest out")
+        raise ValueError("--ablate-memory and --ablate-block go with --prompt or --recall, or "
+                         "alone: leave the rest out")
     if args.out and not changes:
         raise ValueError("--out is for --teach and --forget: leave it out")
     if args.html and args.show_memory is None:
@@ -335,8 +336,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    # `| head` and Ctrl-C end it without a word. Windows has no SIGPIPE.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # `| head` ends it without a word. Windows has no SIGPIPE.
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     code = main()

@@ -38,6 +38,7 @@ import numpy as np
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
+from memory import RowAdam
 from model import GPT, GPTConfig, kind_of
 from prepare_data import load_tokenizer, make_facts
 from support import run_folder, settings
@@ -46,7 +47,7 @@ from support.data_folder import open_tokens, read_meta
 from support.fields import setting
 from support.files import write_json
 from support.machine import (choose_device, describe_hardware, explain, has_bfloat16, peak_flops,
-                             peak_memory, will_compile)
+                             peak_memory, put_back, will_compile)
 from support.pictures import compare, try_to_draw
 from support.profiler import profile
 from support.ranks import meet_the_others, ranks, share_out, sum_over_ranks, wait_for_all
@@ -78,6 +79,8 @@ class Settings(GPTConfig):
                                     "Lower it when memory runs out", 0, 2**24)
     learning_rate: float = setting(3e-3, "peak rate, times linear warm-up and linear decay to 0",
                                    1e-30, 1e38)
+    table_optimizer: str = setting("adamw", "adamw | row: one second moment a row, no momentum "
+                                   "(RowAdam); it wants about four times the rate of adamw")
     value_lr: float = setting(5e-3, "the same for the memory table's values", 1e-30, 1e38)
     value_lr_end: float = setting(1.0, "extra linear decay of the values' rate, to this share "
                                   "of its peak; UltraMem: 0.25", 0, 1)
@@ -191,7 +194,7 @@ def schedule(step, s, end=1.0):
 
 
 def make_optimizers(model, s):
-    """AdamW for everything but the tables, and with memory layers a TableAdamW for those.
+    """AdamW for everything but the tables, and with memory layers another optimizer for those.
 
     The layers say which of their parameters are decayed, and which setting is their rate. Returns
     (list of optimizers, all parameters of the first).
@@ -202,8 +205,10 @@ def make_optimizers(model, s):
         groups.append(dict(params=parameters, lr=getattr(s, rate_name), weight_decay=decay))
     betas = (s.beta1, s.beta2)
     optimizers = [torch.optim.AdamW(groups, lr=s.learning_rate, betas=betas, fused=True)]
-    if model.tables:
-        tables = list(model.tables)
+    tables = list(model.tables)
+    if tables and s.table_optimizer == "row":
+        optimizers.append(RowAdam(tables, s.value_lr, s.beta2, clip=largest_norm(s)))
+    elif tables:
         optimizers.append(TableAdamW(tables, s.value_lr, betas, largest_norm(s), s.compile))
     for optimizer, end in zip(optimizers, (1.0, s.value_lr_end)):
         for group in optimizer.param_groups:
@@ -291,10 +296,18 @@ class Trainer:
         if self.world > 1:
             # torch 2.13 has another name for it and warns; 2.11 knows this one only.
             warnings.filterwarnings("ignore", "`broadcast_buffers`")
+            # DDP leaves alone what has no gradient now: the optimizer of a table in slices averages
+            # its replicas.
+            values = [(table.values, table.values.requires_grad) for table in self.model.tables
+                      if table.mesh is not None]
+            for p, _ in values:
+                p.requires_grad_(False)
             # init_sync=False: each rank has the same weights already, and its slice of the tables.
             net = torch.nn.parallel.DistributedDataParallel(
                 net, device_ids=[self.device] if self.cuda else None, broadcast_buffers=False,
                 init_sync=False)
+            for p, had_gradient in values:
+                p.requires_grad_(had_gradient)
         return net
 
     def count_reads(self, on):
@@ -315,7 +328,9 @@ class Trainer:
         norms = [torch.nn.utils.clip_grad_norm_(self.dense, largest_norm(self.s))]
         self.optimizers[0].step()
         for table_optimizer in self.optimizers[1:]:
-            norms.append(table_optimizer.step())  # it clips its own gradient
+            table_optimizer.step()  # it clips its own gradient
+            norms.append(table_optimizer.norm)
+            table_optimizer.zero_grad(set_to_none=True)
         self.optimizers[0].zero_grad(set_to_none=True)
         return loss, norms
 
@@ -472,11 +487,13 @@ class Run:
         self.flops = trainer.model.flops_per_token()
         self.peak = peak_flops(hardware, trainer.world)
 
-    def loop(self):
-        """Train to the end -> 0, or until somebody asks to stop -> 130, with all saved."""
+    def loop(self, stop):
+        """Train to the end -> 0, or until somebody asks to stop -> 130, with all saved.
+
+        stop: true once they have, see StopRequest.
+        """
         s = self.s
         trainer = self.trainer
-        stop = StopRequest()
         first = trainer.steps_done + 1
         next_look = first
         line = trainer.line
@@ -620,6 +637,7 @@ def check_finite(loss, norms, step, s):
 
 # ---- main
 
+@put_back()
 def train(s, preset, resume):
     """A whole run -> its exit status: 0, or 130 if it was asked to stop and has saved."""
     rank, local_rank, world = ranks()
@@ -653,7 +671,8 @@ def train(s, preset, resume):
             return 0
         if rank == 0:
             run_folder.prepare_folder(s, preset, trainer.steps_done, hardware)
-        return Run(trainer, meta, facts, hardware).loop()
+        with StopRequest() as stop:
+            return Run(trainer, meta, facts, hardware).loop(stop)
 
 
 def make_missing_data(s, preset):
@@ -694,6 +713,7 @@ if __name__ == "__main__":
     listen_to_ctrl_c()
     steady_output()
     code = main()
+    quiet_ctrl_c()  # all is written
     if "RANK" in os.environ:
         # Under torchrun gloo's threads now and then abort a finished process while it is taken
         # down. All is written by now.

@@ -10,7 +10,7 @@ import torch
 
 from support.checkpoint import load_checkpoint, own_weights, try_to_save
 from support.files import write_arrays, write_json
-from support.own_facts import put_into_words, read_own_facts, recall_arrays, say
+from support.own_facts import counted, put_into_words, read_own_facts, recall_arrays, say
 from support.readers import layers_with_tables, load_readers, slot_scores, slots_of_facts
 from support.recall import numbers_about, read_facts
 
@@ -28,7 +28,7 @@ def zero_slots(model, chosen):
         table.values.data[slots] = 0  # (S, D)
 
 
-def ablate(model, tok, args):
+def ablate(model, args):
     """Do what --ablate-block or --ablate-memory asks for -> what that was in words, or ""."""
     if args.ablate_block is not None:
         last = model.config.n_layer - 1
@@ -49,11 +49,11 @@ def ablate(model, tok, args):
     mine = numbers_about(args.ablate_memory, facts)
     chosen = slots_of_facts(model, facts["seen"][mine], args)
     zero_slots(model, chosen)
-    return f"without {sum(map(len, chosen)):,} slots of {args.ablate_memory}"
+    return f"without {counted(sum(map(len, chosen)), 'slot')} of {args.ablate_memory}"
 
 
 def read_as_often(model, chosen, args):
-    """As many other slots at random, which about as many windows of the training text read."""
+    """For each table, as many other slots as chosen, which about as many windows read."""
     readers = load_readers(args.run, model).readers
     generator = torch.Generator().manual_seed(args.seed)
     others = []
@@ -75,7 +75,7 @@ def read_as_often(model, chosen, args):
     return others
 
 
-# So many facts are asked before and after something changes. All would take ten times as long.
+# How many facts are asked before and after a change. All would take ten times as long.
 OLD_FACTS = 4000
 
 
@@ -93,25 +93,25 @@ def share_known(model, facts, numbers):
     return float(right.mean())
 
 
-def measure_ablation(model, tok, args):
+def measure_ablation(model, args):
     """What is known with and without what is ablated -> titles of columns, {row: shares}."""
     facts = read_facts(args.run)
     less = copy.deepcopy(model)
     models = {"the whole model": model}
     groups = {}
     mine = []
-    what = ablate(less, tok, args)
+    what = ablate(less, args)
     models[what] = less
     if args.ablate_memory:
         mine = numbers_about(args.ablate_memory, facts)
-        groups[f"{len(mine)} facts about {args.ablate_memory}"] = mine
+        groups[f"{counted(len(mine), 'fact')} about {args.ablate_memory}"] = mine
         control = copy.deepcopy(model)
         chosen = slots_of_facts(model, facts["seen"][mine], args)
         zero_slots(control, read_as_often(model, chosen, args))
         models["without as many other slots that are read as often"] = control
     others = other_facts(facts, mine)
-    title = "other facts" if args.ablate_memory else "facts"
-    groups[f"{len(others):,} {title}"] = others
+    title = "other fact" if args.ablate_memory else "fact"
+    groups[counted(len(others), title)] = others
     rows = {}
     for name, changed in models.items():
         rows[name] = [share_known(changed, facts, group) for group in groups.values()]
@@ -120,7 +120,7 @@ def measure_ablation(model, tok, args):
 
 def show_ablation(model, tok, about, args):
     """Print what the model still knows when something is ablated."""
-    titles, rows = measure_ablation(model, tok, args)
+    titles, rows = measure_ablation(model, args)
     print(about, file=sys.stderr)
     print_shares("facts recalled", titles, rows)
 
@@ -157,11 +157,12 @@ def new_facts(model, tok, args):
                 wrong.setdefault(f"more than the {T - 1} tokens that the run's window has room for",
                                  []).append(text)
     for fault, texts in list(wrong.items())[:10]:
-        print(f"{len(texts):,} sentences have {fault}, as {texts[0]!r}", file=sys.stderr)
+        have = counted(len(texts), "sentence has", "sentences have")
+        print(f"{have} {fault}, as {texts[0]!r}", file=sys.stderr)
     if wrong:
         count = sum(map(len, wrong.values()))
-        raise ValueError(f"{count:,} sentences cannot be taught (the faults stand above): change "
-                         f"them, or train on a corpus that has these words")
+        raise ValueError(f"{counted(count, 'sentence')} cannot be taught (the faults stand above): "
+                         f"change the tables, or train on a corpus that has these words")
     facts, sentences = put_into_words(facts, patterns, tok, T)
     windows = np.full((len(sentences.texts), T), tok.eot, "<u2")  # (sentences, T)
     for row, text in zip(windows, sentences.texts):
@@ -186,7 +187,7 @@ LOOK_EVERY = 5  # steps, after which it looks
 
 
 def teach_model(model, sentences, windows, text_reads, args):
-    """Train until 95% of the new facts are known -> steps taken, for each table the slots changed.
+    """Train until 95% of the new facts are known -> steps taken.
 
     slots: SGD on the values of the --slots slots that the sentences of the text read far more than
     the training text does, chosen anew for each step; all else is frozen (arXiv 2510.15103).
@@ -202,7 +203,6 @@ def teach_model(model, sentences, windows, text_reads, args):
         optimizer = torch.optim.AdamW(model.parameters(), args.teach_rate or 1e-4, weight_decay=0)
     else:
         optimizer = torch.optim.SGD(values, args.teach_rate or 10.0)
-    before = [v.detach().clone() for v in values]
     b = min(512, model.windows_at_once(x.shape[1]))
     step = 0
     while step < args.teach_steps:
@@ -216,8 +216,7 @@ def teach_model(model, sentences, windows, text_reads, args):
         optimizer.step()
         if step % LOOK_EVERY == 0 and taught_recall(model, sentences, windows)[0] >= ENOUGH:
             break
-    changed = [(v.detach() != old).any(dim=1).sum().item() for v, old in zip(values, before)]
-    return step, changed
+    return step
 
 
 def answer_weights(sentences, rows, T):
@@ -253,20 +252,23 @@ def teach(model, tok, about, args):
         text_reads = load_readers(args.run, model)
     new_folder(args)
     make_trainable(model)
-    others = other_facts(old, known_already(old, facts))
+    others = other_facts(old, about_same_subjects(old, facts))
     print(about, file=sys.stderr)
     rows = {"before": [*taught_recall(model, sentences, windows),
                        share_known(model, old, others)]}
     begin = time.perf_counter()
-    steps, changed = teach_model(model, sentences, windows, text_reads, args)
+    values = [table.values.detach().clone() for table in model.tables]
+    steps = teach_model(model, sentences, windows, text_reads, args)
     round_values(model)
+    changed = [(table.values.detach() != old).any(dim=1).sum().item()
+               for table, old in zip(model.tables, values)]
     seconds = time.perf_counter() - begin
     rows["after"] = [*taught_recall(model, sentences, windows), share_known(model, old, others)]
-    titles = [f"{len(facts):,} new facts", "unseen phrasing", f"{len(others):,} old facts"]
+    titles = [counted(len(facts), "new fact"), "unseen phrasing", counted(len(others), "old fact")]
     print_shares("facts recalled", titles, rows)
     for table, slots in zip(model.tables, changed):
         print(f"changed: {slots:,} of {len(table.values):,} slots")
-    print(f"{steps} steps in {seconds:.1f} s")
+    print(f"{counted(steps, 'step')} in {seconds:.1f} s")
     if rows["after"][0] < ENOUGH:
         print(f"fewer than {ENOUGH:.0%} were learnt: raise --teach-steps, --slots or --teach-rate")
     report = dict(taught_with=args.teach_with, facts=len(facts), slots=args.slots, steps=steps,
@@ -289,8 +291,8 @@ def round_values(model):
         table.values.data = table.values.data.to(dtype).float()
 
 
-def known_already(old, facts):
-    """Numbers of the old facts that say something else about a subject which is taught anew."""
+def about_same_subjects(old, facts):
+    """Numbers of the old facts whose subject is among those of the new facts."""
     return np.flatnonzero(np.isin(old["subject"], [fact.subject for fact in facts]))
 
 
@@ -326,7 +328,8 @@ def forget(model, tok, about, args):
     rows = {"before": [share_known(model, facts, group) for group in (mine, others)]}
     zero_slots(model, chosen)
     rows["after"] = [share_known(model, facts, group) for group in (mine, others)]
-    titles = [f"{len(mine)} facts about {args.forget}", f"{len(others):,} other facts"]
+    titles = [f"{counted(len(mine), 'fact')} about {args.forget}",
+              counted(len(others), "other fact")]
     print_shares("facts recalled", titles, rows)
     if rows["before"][0] == 0:
         print("it knew none of these: for a better experiment, choose somebody whom --recall knows")
@@ -374,8 +377,9 @@ def save_edited(model, args, report, facts):
     dtype = getattr(torch, model.config.mem_dtype)
     for table, saved in zip(model.tables, state["tables"]):
         saved["values"] = [table.values.detach().cpu().to(dtype)]
-    state["tables"] = [{name: torch.cat(list(slices), dim=1) for name, slices in saved.items()}
-                       for saved in state["tables"]]
+    # v, one number per row, is the same in all slices.
+    state["tables"] = [{name: slices[0] if name == "v" else torch.cat(list(slices), dim=1)
+                        for name, slices in saved.items()} for saved in state["tables"]]
     state["slices"] = []
     problem = try_to_save(state, part / "ckpt.pt")
     if problem:

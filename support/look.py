@@ -1,6 +1,7 @@
 """Inspect a memory: what a prompt reads, a slot's biography, the map of slots, a page to browse."""
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -139,7 +140,9 @@ def draw_reads(reads, words, n, path):
     axes[-1][0].set_xticks([0, n - 1])
     figure.suptitle(f"What block {reads.block} reads, and which slot has the largest weight\n"
                     f"(row: left half-key, column: right half-key)", fontsize=11)
-    figure.savefig(path, dpi=80)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # such letters become boxes
+        figure.savefig(path, dpi=80)
 
 
 # ---- a slot, and all slots

@@ -1,4 +1,5 @@
 """The machine: its devices, cores and memory, and what torch says when it fails."""
+import contextlib
 import ctypes
 import os
 import platform
@@ -122,6 +123,19 @@ def peak_flops(hardware, world):
         if name in hardware:
             return peak * world
     return None
+
+
+@contextlib.contextmanager
+def put_back():
+    """What a run changes in its process is afterwards as it was: the process may be a notebook."""
+    precision = torch.get_float32_matmul_precision()
+    backend = kernel.backend()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        kernel.backend(backend)
 
 
 def explain(error, less_memory):

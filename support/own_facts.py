@@ -1,6 +1,8 @@
 """Facts of your own: two tables, as spreadsheets write them, and how they are put into words."""
+import codecs
 import collections
 import csv
+import difflib
 import io
 import itertools
 import math
@@ -16,6 +18,8 @@ from support.fields import check_ranges
 from support.files import reading
 
 MOST_SENTENCES = 10 ** 8
+# Columns that tables have beside ours. Their names are no typing errors of `count`.
+LIKE_COUNT = ("account", "country", "county", "counties")
 
 
 class OwnFact(NamedTuple):
@@ -38,6 +42,13 @@ class Sentences(NamedTuple):
     first: np.ndarray  # (F,)
     trained: np.ndarray  # (F,)
     unseen: np.ndarray  # (F,)
+
+
+def counted(number, noun, plural=""):
+    """A number with its noun: 1 row, 2 rows."""
+    if number != 1:
+        noun = plural or noun + "s"
+    return f"{number:,} {noun}"
 
 
 def two_tables(paths):
@@ -73,8 +84,9 @@ def read_own_facts(facts_path, patterns_path):
     for line in wrong[:10]:
         print(line, file=sys.stderr)
     if wrong:
-        raise ValueError(f"{len(wrong):,} wrong rows, of which the first ones stand above: fix "
-                         f"them")
+        raise ValueError(counted(
+            len(wrong), "wrong row, which stands above: fix it",
+            "wrong rows, of which the first ones stand above: fix them"))
     for path, rows in ((patterns_path, patterns), (facts_path, facts)):
         if not rows:
             raise ValueError(f"{path} has no row below its header: add some")
@@ -93,7 +105,7 @@ def read_patterns(path, wrong):
         elif pattern.count("{answer}") != 1 or not ending.endswith(" {answer}"):
             wrong.append(f"{place}: {pattern!r} must end with a space and {{answer}}; a full stop "
                          f"may follow")
-        else:
+        elif pattern not in known:
             known.append(pattern)
     return patterns
 
@@ -106,61 +118,102 @@ def read_facts_table(path, patterns, wrong):
         if row["relation"] not in patterns:
             wrong.append(f"{place}: there is no pattern for the relation {row['relation']!r}")
             continue
-        if count is not None and not re.fullmatch("[0-9]{1,9}", count):
-            wrong.append(f"{place}: the count {count!r} is not a number from 0 to 999999999")
+        if count is not None and not re.fullmatch(r"[0-9]{1,9}(\.0*)?", count):
+            wrong.append(f"{place}: the count {count!r} is not a whole number from 0 to 999999999: "
+                         f"write it in digits only")
             continue
         fact = OwnFact(row["relation"], row["subject"], row["answer"],
-                       None if count is None else int(count))
+                       None if count is None else int(count.split(".")[0]))
         before, where = facts.setdefault((fact.relation, fact.subject), (fact, place))
         if before.answer != fact.answer:
             wrong.append(f"{place}: {fact.relation} of {fact.subject!r} is {fact.answer!r}, and "
-                         f"in {where} it is {before.answer!r}")
+                         f"in {where} it is {before.answer!r}: keep one answer, or make two "
+                         f"relations")
         elif before.count != fact.count:
-            wrong.append(f"{place}: this fact stands in {where} already, with another count")
+            wrong.append(f"{place}: this fact stands in {where} already, with another count: "
+                         f"keep one row")
     return [fact for fact, _ in facts.values()]
 
 
-def table_rows(path, needed, wrong, optional=()):
-    """The rows of a tab-separated file with a header: yields ("path:line", {column: text}).
-
-    As spreadsheets write it: UTF-8 with or without a byte order mark, any line ends, fields perhaps
-    in quotes, and empty rows, which are left out. Rows that cannot be used are added to `wrong`.
-    """
-    with reading(path, "give a tab-separated text file with a header"):
+def table_text(path):
+    """The text of a table: UTF-8, or UTF-16 with a byte order mark, as Excel's Unicode Text is."""
+    with reading(path, "give a table with a header"):
         raw = path.read_bytes()
+    is_utf16 = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    encoding = "UTF-16" if is_utf16 else "UTF-8"
     try:
-        text = raw.decode("utf-8-sig")
+        text = raw.decode(encoding).removeprefix("\ufeff")
+        wrong_at = text.find("\0")  # UTF-16 without a byte order mark is full of these
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: byte {error.start} is not UTF-8: save it as UTF-8 text, "
-                         f"tab-separated") from None
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter="\t")
-    names = [name.strip().lower() for name in next(rows, [])]
-    missing = [name for name in needed if name not in names]
-    if missing:
-        raise ValueError(f"{path}:1 has no column {' and no column '.join(missing)}: the first "
-                         f"line must name the columns, with a tab between: {', '.join(needed)}")
-    line = rows.line_num + 1  # where the next row begins
+        wrong_at = error.start
+    if wrong_at >= 0:
+        raise ValueError(f"{path}: byte {wrong_at} is not {encoding}: save the table as UTF-8 "
+                         f"(Excel: Save As, \"CSV UTF-8\" or \"Unicode Text\")")
+    return text
+
+
+def table_cells(path, wrong):
+    """The rows of a table, the header first: yields ("path:line", cells). Empty rows are left out.
+
+    As spreadsheets write it: any line ends, and cells perhaps in quotes, with a tab between if the
+    header has one, else a comma or a semicolon. White space in a cell is read as one space.
+    """
+    lines = io.StringIO(table_text(path), newline="")
+    header = next((line for line in lines if line.strip()), "")
+    lines.seek(0)
+    delimiter = "\t" if "\t" in header else max(",;", key=header.count)
+    rows = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
     while True:
-        place = f"{path}:{line}"
+        place = f"{path}:{rows.line_num + 1}"  # where the next row begins
         try:
-            fields = next(rows)
+            cells = next(rows)
         except StopIteration:
             return
-        except csv.Error as error:
-            raise ValueError(f"{place}: {error}: a quote that is opened here may have no end") \
-                from None
-        line = rows.line_num + 1
-        if not any(field.strip() for field in fields):
-            continue
-        if any("\n" in field for field in fields):
-            wrong.append(f"{place}: a quote that is opened here does not end in this line")
-            continue
-        row = {name: " ".join(field.split()) for name, field in zip(names, fields)}
+        except csv.Error:
+            cells = None
+        # A cell that has swallowed tabs and lines began with a quote that was not meant as one.
+        if cells is None or any("\t" in cell and re.search("[\r\n]", cell) for cell in cells):
+            wrong.append(f"{place}: a quote that is opened here does not end where its cell does: "
+                         f"remove it, or put the cell in quotes and write \"\" for those in it")
+        elif any(cell.strip() for cell in cells):
+            yield place, [" ".join(cell.split()) for cell in cells]
+
+
+def table_rows(path, needed, wrong, optional=()):
+    """The rows of a table with a header: yields ("path:line", {column: text}).
+
+    Rows that cannot be used are added to `wrong`. Raises ValueError for a header that cannot.
+    """
+    rows = table_cells(path, wrong)
+    place, header = next(rows, (f"{path}:1", []))
+    names = [name.lower() for name in header]
+    while names and not names[-1]:
+        names.pop()
+    for name in names:
+        if name and names.count(name) > 1:
+            raise ValueError(f"{place} has two columns {name}: remove one, or rename it")
+    others = [name for name in names if name not in (*needed, *optional, *LIKE_COUNT)]
+    for name in (*needed, *optional):
+        near = difflib.get_close_matches(name, others, 1, 0.75)
+        if name not in names and near:
+            raise ValueError(f"{place} has no column {name}, but {near[0]}: call it {name} if it "
+                             f"is that, else rename it")
+    missing = [name for name in needed if name not in names]
+    if missing:
+        raise ValueError(f"{place} has no column {' and no column '.join(missing)}: the first "
+                         f"line must name the columns, with a tab or a comma between: "
+                         f"{', '.join(needed)}")
+    for place, cells in rows:
+        row = dict(zip(names, cells))
         empty = [name for name in (*needed, *optional) if name in names and not row.get(name)]
+        beyond = [cell for cell in cells[len(names):] if cell]
         if empty:
             wrong.append(f"{place}: it has no {' and no '.join(empty)}")
-            continue
-        yield place, row
+        elif beyond:
+            wrong.append(f"{place}: {beyond[0]!r} stands beyond the {len(names)} columns of the "
+                         f"header: if it belongs to the cell before, put that cell in quotes")
+        else:
+            yield place, row
 
 
 def say(pattern, fact):
@@ -208,8 +261,10 @@ def put_into_words(facts, patterns, tok, longest):
             texts.append(text)
             spans.append(span)
     if too_long:
-        print(f"{too_long:,} sentences of more than {longest} tokens are left out (--longest), and "
-              f"{len(facts) - len(kept):,} facts that had no others")
+        over = f"of more than {longest} tokens"
+        left_out = counted(too_long, f"sentence {over} is", f"sentences {over} are")
+        print(f"{left_out} left out (--longest), and "
+              f"{counted(len(facts) - len(kept), 'fact')} that had no others")
     if not kept:
         raise ValueError(f"--longest {longest} leaves no facts: raise it")
     return kept, Sentences(texts, np.array(spans), np.array(first), np.array(trained),

@@ -23,7 +23,8 @@ def count_readers(model, loader, count, ctx, rank=0, world=1):
     if not model.tables:
         return []
     count = min(count, loader.windows)
-    mine, real = share_out(count, rank, world)  # (each,), numbers of windows among count
+    # mine (each,): the windows of this rank. After `real` of them come repeats that do not count.
+    mine, real = share_out(count, rank, world)
     at_once = model.windows_at_once(loader.T)
     device = next(model.parameters()).device
     readers = [torch.zeros(len(table.values), dtype=torch.int64) for table in model.tables]

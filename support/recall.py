@@ -31,6 +31,7 @@ def read_facts(folder):
 
 def numbers_about(name, facts):
     """Which of the facts are about `name` -> (numbers,). Raises ValueError if none is."""
+    name = " ".join(name.split())  # as names are stored
     numbers = np.flatnonzero(facts["subject"] == name)
     if not len(numbers):
         names = np.unique(facts["subject"]).tolist()

@@ -70,13 +70,21 @@ class HashedMemory(Layer):
         needs_out = table.dim != dim
         self.out = nn.Linear(table.dim, dim, bias=False) if needs_out else None  # (C, D)
         self.tables = [table]  # as in ProductKeyMemory
+        self.seed = seed
+        self.register_buffer("factors", None, persistent=False)
+        self.draw_factors()
+        self.register_load_state_dict_post_hook(HashedMemory.draw_factors)
+
+    def draw_factors(self, _=None):
+        """Draw the hash functions, also after load_state_dict: see GPT.complete."""
         # A random odd factor for each read and each of the three tokens, 0 for a token that the
         # read does not look at.
-        generator = torch.Generator().manual_seed(seed)
-        factors = torch.randint(2**31, (reads, 3), generator=generator) * 2 + 1  # (R, 3)
-        order = 1 + torch.arange(reads)[:, None] % 3  # (R, 1)
-        factors = factors * (torch.arange(3) < order)  # (R, 3)
-        self.register_buffer("factors", factors, persistent=False)
+        with torch.device("cpu"):  # wherever the model is
+            generator = torch.Generator().manual_seed(self.seed)
+            factors = torch.randint(2**31, (self.reads, 3), generator=generator) * 2 + 1  # (R, 3)
+            order = 1 + torch.arange(self.reads)[:, None] % 3  # (R, 1)
+            factors = factors * (torch.arange(3) < order)  # (R, 3)
+        self.factors = factors.to(self.weigh.weight.device)  # (R, 3)
 
     def search(self, tokens):
         """Which slots each token reads: tokens (B, T + 2) -> slots (B, T, R) int32."""
@@ -205,9 +213,16 @@ class UltraMem(Layer):
         self.core = nn.Parameter(torch.empty(heads, self.RANK, self.RANK))  # (H, r, r)
         self.out = nn.Linear(self.WAYS * table.dim, dim, bias=False)  # all W: weight (C, 4*D)
         self.tables = [table]  # as in ProductKeyMemory
-        shuffle = torch.randperm(self.side**2, generator=torch.Generator().manual_seed(0))
-        self.register_buffer("shuffle", shuffle, persistent=False)  # (m*m,)
+        self.register_buffer("shuffle", None, persistent=False)
+        self.draw_shuffle()
+        self.register_load_state_dict_post_hook(UltraMem.draw_shuffle)
         self.reset_parameters()
+
+    def draw_shuffle(self, _=None):
+        """Draw the permutation, also after load_state_dict: see GPT.complete."""
+        generator = torch.Generator().manual_seed(0)
+        shuffle = torch.randperm(self.side**2, generator=generator, device="cpu")  # (m*m,)
+        self.shuffle = shuffle.to(self.half_keys.device)
 
     @torch.no_grad()
     def reset_parameters(self):
@@ -229,9 +244,9 @@ class UltraMem(Layer):
         return virtual % S, virtual // S, scores.flatten(1) / self.topk
 
     def forward(self, x):
-        slots, ways, weights = self.search(x.flatten(0, -2))  # (N, R) each
+        slots, ways, weights = self.search(x.reshape(-1, x.shape[-1]))  # (N, R) each
         self.table.count_reads(slots, weights)
-        values = F.embedding(slots, self.table.values).to(weights.dtype)  # (N, R, D)
+        values = self.table.rows(slots).to(weights.dtype)  # (N, R, D)
         # A read's weight stands in the column of its way, the other columns are 0.
         by_way = weights[..., None] * F.one_hot(ways, self.WAYS)  # (N, R, 4)
         sums = torch.einsum("nrw,nrd->nwd", by_way, values)  # (N, 4, D)
@@ -321,12 +336,12 @@ class PEER(Layer):
 
     def forward(self, x):
         shape = x.shape
-        x = x.flatten(0, -2)  # (N, C)
+        x = x.reshape(-1, x.shape[-1])  # (N, C)
         slots, weights = self.finder.search(x)  # (N, H, K) both
         slots = slots.flatten(1)  # (N, R)
         weights = weights.flatten(1)  # (N, R)
         self.table.count_reads(slots, weights)
-        u, v = F.embedding(slots, self.table.values).to(x.dtype).chunk(2, dim=-1)  # (N, R, C) both
+        u, v = self.table.rows(slots).to(x.dtype).chunk(2, dim=-1)  # (N, R, C) both
         hidden = F.gelu(torch.einsum("nc,nrc->nr", x, u))  # (N, R)
         y = torch.einsum("nr,nrc->nc", weights.to(x.dtype) * hidden, v)  # (N, C)
         return y.view(shape)  # (..., C)
@@ -409,7 +424,7 @@ class MixtureOfExperts(Layer):
         C = shape[-1]
         E = len(self.experts_in)
         K = self.topk
-        x = x.flatten(0, -2)  # (N, C)
+        x = x.reshape(-1, x.shape[-1])  # (N, C)
         weights, experts, p = self.route(x)
         # Sort the N*K assignments by expert, and give each its place in its expert's queue.
         experts, order = experts.flatten().sort(stable=True)  # (N*K,) both

@@ -44,7 +44,7 @@ def own_folder(s, rank, resume):
 def is_over(s, resume, rank):
     """Whether --resume finds a finished run, and says so.
 
-    Raises ValueError on rank 0 if there is a run that nobody wants to resume.
+    Raises ValueError on rank 0 if the folder holds a run and --resume was not given.
     """
     out = Path(s.out_dir)
     is_finished = (out / "result.json").is_file()
@@ -70,7 +70,7 @@ def prepare_folder(s, preset, step, hardware):
             write_whole(out / name, lambda part: shutil.copyfile(Path(s.data) / name, part))
     kept = []
     for line in logged_lines(out) if step else []:
-        # The last step is logged at the very end: a run with its end left to do does it again.
+        # On --resume, Run.finish logs the last step again: its old line goes.
         if line["step"] <= step and line["step"] < s.max_steps:
             kept.append(json.dumps(line) + "\n")
     write_text(out / "log.jsonl", "".join(kept))

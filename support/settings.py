@@ -13,8 +13,9 @@ from support.fields import check_limits, flag
 from support.files import reading
 from support.terminal import Parser
 
-# Settings that --resume may change. They affect what is learned by rounding only. (micro_batch_size
-# and device also change the masks of dropout, and micro_batch_size the balance of --ffn moe.)
+# Settings that --resume may change. They change what is learned by rounding only, with two
+# exceptions: micro_batch_size and device also change the masks of dropout, and micro_batch_size the
+# balance of --ffn moe.
 MAY_CHANGE = {"device", "backend", "compile", "micro_batch_size", "log_every", "data",
               "mem_parallel"}
 # Settings of the model that may differ from those of --init-from.
@@ -71,7 +72,7 @@ def read_settings(argv, Settings, presets, description):
         s.out_dir = f"out/{preset}-{s.ffn}-{s.seed}"
         if s.profile:
             s.out_dir += "-profile"
-    if runs:
+    if runs:  # without --out-dir, compare() puts its picture beside the first run
         s.out_dir = given.get("out_dir", "")
     elif resume:
         s, saved_preset = resumed_settings(s, given)
@@ -147,6 +148,8 @@ def fit_to_data(s, world):
     if window and s.block_size != window:
         raise ValueError(f"--block-size {s.block_size} is not {s.data}'s window of {window} "
                          f"tokens, one fact each: give --block-size {window}")
+    if s.table_optimizer not in ("adamw", "row"):
+        raise ValueError(f"--table-optimizer {s.table_optimizer} is unknown: choose adamw or row")
     s.check()
     check_ranks(s, world)
     return meta

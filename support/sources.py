@@ -25,13 +25,18 @@ def default_folder(source):
 
 
 def own_texts(source):
-    """The files that `source` names: itself, or the .txt files in it and its folders."""
+    """The files that `source` names: itself, or the .txt files in it and its folders.
+
+    Tools leave hidden files and folders, such as ._1.txt and .ipynb_checkpoints: they are no texts.
+    """
     path = Path(source)
     if not path.is_dir():
         return [path]
-    files = sorted(path.rglob("*.txt"))
+    files = [found for found in sorted(path.rglob("*.txt")) if not found.is_dir()
+             and not any(part.startswith(".") for part in found.relative_to(path).parts)]
     if not files:
-        raise ValueError(f"{source}: there is no .txt file in this folder")
+        raise ValueError(f"{source}: there is no .txt file in this folder (hidden ones do not "
+                         f"count)")
     return files
 
 

@@ -5,7 +5,9 @@ import math
 import torch
 import torch.distributed as dist
 
+from memory import round_randomly, scramble
 from support.machine import will_compile
+
 
 
 class TableAdamW(torch.optim.AdamW):
@@ -56,6 +58,7 @@ class TableAdamW(torch.optim.AdamW):
             table.values.grad = None
             if table.grad_sum is not None and table.values.dtype != torch.bfloat16:
                 grad.zero_()
+        self.norm = norm
         return norm
 
     def reduce(self, grads):
@@ -157,31 +160,6 @@ def update_bfloat16_(values, grad_sum, exp_avg, exp_avg_sq, row, column, scale, 
     exp_avg.copy_(round_randomly(m, noise >> 16))
     exp_avg_sq.copy_(round_randomly(v, scramble(noise + 1) & 0xFFFF))
     grad_sum.zero_()
-
-
-def scramble(x):
-    """A hash of integers: int64, of which the lower 32 bits count -> int64 in [0, 2^32).
-
-    Neighbours get unrelated results, so that it serves as noise that depends on place and step
-    alone. The factor is odd and small enough for the product to fit in 64 bits.
-    """
-    for _ in range(2):
-        x = x & 0xFFFFFFFF
-        x = (x ^ (x >> 16)) * 0x45D9F3B
-    x = x & 0xFFFFFFFF
-    return x ^ (x >> 16)
-
-
-def round_randomly(x, noise):
-    """float32 -> bfloat16, up or down with the probabilities that keep the mean.
-
-    bfloat16 is float32 without its lower 16 bits. Adding 16 random bits before cutting those off
-    rounds up in proportion to what is cut off. Rounded to the nearest instead, an update below
-    1/512 of a number would be lost every time. noise: integers in [0, 2^16). NaN stays NaN.
-    """
-    bits = x.view(torch.int32) + noise.int()
-    rounded = (bits >> 16).to(torch.int16).view(torch.bfloat16)
-    return torch.where(x.isnan(), torch.nan, rounded)
 
 
 def columns(slices, dims):

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import time
 
 
@@ -106,6 +107,8 @@ PARENT = os.getppid()
 class StopRequest:
     """Ctrl-C, SIGTERM or a terminal that closes: the first signal asks the loop to save and leave.
 
+    Used in a `with`, it puts back what was done about them before. Only the main thread hears them.
+
     A second one leaves at once. torchrun passes a Ctrl-C on, so that its ranks get it twice: a
     signal within three seconds of the first is taken for the same one. If torchrun was killed, its
     ranks leave, too. nohup makes a process ignore that the terminal closes, and so it remains.
@@ -114,11 +117,22 @@ class StopRequest:
     def __init__(self):
         self.time = None  # when it was asked for
         self.under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-        signal.signal(signal.SIGINT, self.handle)
-        signal.signal(signal.SIGTERM, self.handle)
+        numbers = [signal.SIGINT, signal.SIGTERM]
         closes = getattr(signal, "SIGHUP", None)  # Windows has none
         if closes and signal.getsignal(closes) != signal.SIG_IGN:
-            signal.signal(closes, self.handle)
+            numbers.append(closes)
+        self.former = {}
+        if threading.current_thread() is threading.main_thread():
+            self.former = {number: signal.signal(number, self.handle) for number in numbers}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.under_torchrun:  # a second signal may come while the rank ends
+            return
+        for number, handler in self.former.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # None: it was not Python's
 
     def handle(self, number, frame):
         now = time.monotonic()

@@ -62,8 +62,8 @@ def documents(texts, separator):
     """Cut a stream of strings into documents: yields (text, whether its document ends here).
 
     Documents are stripped, and blank ones are left out. A document longer than PIECE comes in
-    several pieces. They are cut before a space or a line's end, where every tokenizer cuts, too: so
-    the tokens are those of the whole. The result does not depend on how the stream was cut.
+    several pieces. They are cut where every tokenizer cuts, too, if there is such a place: so the
+    tokens are those of the whole. The result does not depend on how the stream was cut.
     """
     buffer = ""  # the part of the current document that was not yielded yet
     begun = False  # whether some of the current document was yielded
@@ -92,12 +92,16 @@ def documents(texts, separator):
 
 
 def place_to_cut(text):
-    """The last place up to PIECE where a word ends and a space or a line's end follows."""
+    """The last place up to PIECE where a word ends and a space or a line's end follows.
+
+    In a text without spaces: where a letter or digit stands before a punctuation mark, or PIECE.
+    """
     # The greedy .* finds the last such place. With (?s) the dot matches line ends, too.
-    found = re.compile(r"(?s).*\S(?=[ \n])").match(text, 0, PIECE + 1)
-    if found is None:
-        return PIECE  # no such place, as in a text without spaces
-    return found.end()
+    for place in (r"(?s).*\S(?=[ \n])", r"(?s).*[^\W_](?=[,.;:!?、。，！？])"):
+        found = re.compile(place).match(text, 0, PIECE + 1)
+        if found:
+            return found.end()
+    return PIECE
 
 
 class Reading(NamedTuple):
@@ -137,8 +141,9 @@ def plan_files(paths, is_known, separator, val_fraction):
 def batches(plan, separator, every):
     """Read all files of a plan: yields lists of (split, text, whether its document ends here).
 
-    A list has about BATCH characters. every: where the plan leaves the split open, document 0 and
-    then one in `every` documents is for validation.
+    A list has about BATCH characters. If it goes on with a document, it begins with an empty piece
+    of it. every: where the plan leaves the split open, document 0 and then one in `every` documents
+    is for validation.
     """
     number = 0  # of the document, over all files
     batch = []
@@ -162,6 +167,6 @@ def batches(plan, separator, every):
             size += len(text)
             if size >= BATCH:
                 yield batch
-                batch = []
+                batch = [] if ends else [(batch[-1][0], "", False)]
                 size = 0
     yield batch

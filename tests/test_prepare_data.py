@@ -368,6 +368,35 @@ def test_a_document_in_pieces_has_the_tokens_of_the_whole(name, monkeypatch):
     assert ids == tok.encode(text)
 
 
+@pytest.mark.parametrize("name", ["words", "bytes", GPT2])
+@pytest.mark.parametrize("unit", ["x", "\u4f60\u597d\uff0c\u4e16\u754c\u3002", "a,b."])
+def test_a_document_without_spaces_gets_none(unit, name, monkeypatch):
+    """Also where a batch ends within it. The tokens are those of the whole."""
+    monkeypatch.setattr(support.text, "PIECE", 100)
+    monkeypatch.setattr(support.text, "BATCH", 250)
+    one = unit * (1000 // len(unit))
+    Path("t.txt").write_text("v<|endoftext|>" + one + "<|endoftext|>Ada", "utf-8")
+    main(f"t.txt --tokenizer {name} --workers 2")
+    tok = pd.load_tokenizer("data/t")
+    assert texts("data/t", "train") == [one, "Ada"]
+    if name != "gpt2" or unit != "x":  # gpt2 has tokens of several x
+        expected = [*tok.encode(one), tok.eot, *tok.encode("Ada"), tok.eot]
+        assert tokens("data/t", "train").tolist() == expected
+
+
+def test_hidden_files_are_no_texts():
+    folder = Path(".my/books")  # the given folder itself may be hidden
+    for name in ["1.txt", "more/2.txt", "._1.txt", ".ipynb_checkpoints/1-checkpoint.txt",
+                 "more/.git/deep/3.txt", "drafts.txt/notes.md"]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"\xff\0" if "/._" in f"/{name}" else name.encode())
+    main(f"{folder} --tokenizer bytes --val-fraction 0.5")
+    assert texts("data/books", "val") + texts("data/books", "train") == ["1.txt", "more/2.txt"]
+    for path in ["1.txt", "more/2.txt"]:
+        (folder / path).unlink()
+    assert "there is no .txt file" in complaint(f"{folder} --tokenizer bytes --force")
+
+
 def write_stories():
     """s.txt and the packed z.txt.gz, with a byte order mark, line ends and blank documents.
 
@@ -592,6 +621,7 @@ BAD = {
     "nosuch": "no such",
     "empty.txt": "more text",
     "blank.txt": "more text",
+    "single.txt": "1 document to train on, 0 to validate on",
     "folder": "no .txt file",
     "latin.txt": "byte 1070003",
     "cut.txt.gz": "damaged",
@@ -614,6 +644,7 @@ def bad_files():
     Path("text.txt").write_text("one\ntwo\n<|endoftext|>three")
     Path("empty.txt").touch()
     Path("blank.txt").write_text(" \n<|endoftext|>\n")
+    Path("single.txt").write_text("v<|endoftext|>")
     Path("folder").mkdir()
     # The bad byte is in the second million bytes.
     Path("latin.txt").write_bytes("é".encode() * 535_000 + b"abc\xe9 latin")

@@ -2,6 +2,7 @@
 
 Each is held to a twin that follows the formula word by word, one token and one read at a time.
 """
+import copy
 import json
 import math
 import shutil
@@ -332,9 +333,12 @@ def test_unevenness_moves_half_keys_that_nobody_reads():
 def test_balance_is_in_the_training_loss_alone(kind):
     model = make(kind, moe_balance=0.5, mem_balance=0.5 * (kind == "memory"))
     idx = torch.randint(V, (3, T))
+    kept = []
+    for _, layer in model.memories():
+        layer.register_forward_hook(lambda layer, *_: kept.append(layer.balance))
     model.train()
     _, training = model(idx, idx)
-    balance = torch.stack([layer.balance for _, layer in model.memories()]).mean()
+    balance = torch.stack(kept).mean()
     model.eval()
     _, plain = model(idx, idx)
     assert torch.allclose(training, plain + 0.5 * balance)
@@ -342,6 +346,58 @@ def test_balance_is_in_the_training_loss_alone(kind):
 
 
 # ---- all of them in a GPT
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_model_that_is_made_on_the_meta_device(kind, assign):
+    """What no checkpoint holds is made again when its weights are loaded."""
+    want = make(kind)
+    with torch.device("meta"):
+        model = make(kind)
+    assert all(buffer.is_meta for buffer in model.buffers())
+    if not assign:
+        model.to_empty(device="cpu")
+        for buffer in model.buffers():
+            buffer.fill_(7)  # whatever stood in this memory
+    model.load_state_dict(want.state_dict(), assign=assign)
+    idx = torch.randint(V, (3, T))
+    for got, wanted in zip(model(idx, idx), want(idx, idx)):
+        assert torch.equal(got, wanted)
+    assert model.head.weight is model.wte.weight
+    assert len(list(model.parameters())) == len(list(want.parameters()))
+    assert model.state_dict().keys() == want.state_dict().keys()
+    constants = dict(want.named_buffers())
+    for name, buffer in model.named_buffers():
+        assert buffer.dtype == constants[name].dtype, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("targets", [True, False])
+def test_a_model_that_has_run_can_be_copied(kind, targets):
+    """Averaging the weights over training begins with a copy."""
+    model = make(kind, mem_balance=0.1 * (kind == "memory"))
+    idx = torch.randint(V, (3, T))
+    _, loss = model(idx, idx if targets else None)
+    assert torch.equal(copy.deepcopy(model)(idx)[0], model(idx)[0])
+    assert all(layer.balance is None for _, layer in model.memories())
+    average = torch.optim.swa_utils.AveragedModel(model)
+    average.update_parameters(model)
+    if targets:
+        loss.backward()
+
+
+@pytest.mark.slow
+def test_a_balance_loss_compiles_once():
+    torch._dynamo.reset()
+    model = make("memory", mem_balance=0.5).float()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    idx = torch.randint(V, (3, T))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            _, loss = compiled(idx, idx)
+            loss.backward()
+    assert torch.allclose(loss, model(idx, idx)[1])
+    assert all(layer.balance is None for _, layer in model.memories())
 
 @pytest.mark.parametrize("kind", RIVALS)
 def test_the_future_is_not_seen(kind):

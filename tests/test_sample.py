@@ -313,7 +313,7 @@ def test_recall_asks_all_about_one_person(say):
 def test_ablation_removes_the_memory(runs, say):
     args = sample.read_args([str(runs / "memory"), "--ablate-memory", "--device", "cpu"])
     ablated, tok, _ = sample.load(args)
-    assert edit.ablate(ablated, tok, args) == "without the memory layers"
+    assert edit.ablate(ablated, args) == "without the memory layers"
     whole = load_model(runs / "memory")
     idx = torch.arange(8)[None]  # (1, T)
     assert not torch.allclose(whole(idx)[0], ablated(idx)[0], atol=1e-2)

@@ -99,7 +99,9 @@ def weights(out):
     tensors = dict(state["model"])
     for i, table in enumerate(state["tables"]):
         for name, slices in table.items():
-            tensors[f"tables.{i}.{name}"] = torch.cat(slices, dim=1)
+            # v, one number per row, is the same in all slices.
+            whole = slices[0] if name == "v" else torch.cat(slices, dim=1)
+            tensors[f"tables.{i}.{name}"] = whole
     return tensors
 
 

@@ -4,6 +4,7 @@ First a table: a command line that cannot work, and words of the one line that s
 number at its edges. Then trouble that comes from outside: signals, readers that leave, full disks,
 two runs at once, machines that lack something.
 """
+import asyncio
 import contextlib
 import dataclasses
 import errno
@@ -189,6 +190,9 @@ TABLE = [
     (no_step, INIT.replace("out/run", "out/nosuch"), "out/nosuch/config.json does not exist"),
     (other_tokens, INIT.replace("data/facts", "data/words"), "--init-from out/run: it was trained"),
     (no_step, TINY_TRAIN + " --init-from out/run --out-dir out/run", "holds a run already"),
+    # A choice that there is not
+    (no_step, TINY_TRAIN + " --out-dir out/new --table-optimizer sgd", "choose adamw or row"),
+    (no_step, TINY_TRAIN + " --out-dir out/new --mem-dtype int8", "choose float32 or bfloat16"),
     # A run that is there
     (no_step, RESUME + " --max-steps 999", "--init-from out/run --out-dir out/NAME"),
     # Texts
@@ -858,9 +862,48 @@ def test_a_rank_leaves_when_torchrun_is_gone(monkeypatch):
     # Not 1, which may have started these tests.
     monkeypatch.setattr(terminal, "PARENT", 4321)
     monkeypatch.setattr(os, "getppid", lambda: 4321)
-    stop = terminal.StopRequest()
-    assert not stop
-    monkeypatch.setattr(os, "getppid", lambda: 1)  # whoever takes in the children of the dead
-    assert stop
+    with terminal.StopRequest() as stop:
+        assert not stop
+        monkeypatch.setattr(os, "getppid", lambda: 1)  # whoever takes in the children of the dead
+        assert stop
+    # A rank may get a signal twice, and the second one while it ends.
+    assert signal.getsignal(signal.SIGTERM) == stop.handle
     for name, handler in old.items():
         signal.signal(name, handler)
+
+
+# --------------------------------------------------------------------------------------------------
+# In somebody else's process: a notebook, a server
+
+def state_of_process():
+    """What of this process train.main changes."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    return [torch.get_float32_matmul_precision(), kernel.backend(),
+            torch.get_rng_state().tolist(), *map(signal.getsignal, numbers)]
+
+
+@pytest.mark.parametrize("ending", ["finished", "stopped", "failed"])
+def test_a_call_leaves_the_process_as_it_was(ending, here, monkeypatch):
+    def step(trainer, number):
+        if ending == "stopped" and number == 3:
+            os.kill(os.getpid(), signal.SIGINT)  # Stop in a notebook
+        if ending == "failed" and number == 3:
+            raise ValueError("no")
+        return real(trainer, number)
+    real = train.Trainer.step
+    monkeypatch.setattr(train.Trainer, "step", step)
+    before = state_of_process()
+    code = call(TINY_TRAIN + " --backend torch --out-dir out/new")
+    assert code == dict(finished=0, stopped=130, failed=1)[ending]
+    assert state_of_process() == before
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+
+
+def test_a_run_in_a_thread(here):
+    before = state_of_process()
+    argv = (TINY_TRAIN + " --out-dir out/new").split()[1:]
+    assert asyncio.run(asyncio.to_thread(train.main, argv)) == 0
+    assert state_of_process() == before
+    check_same_run(Path("out/new"), Path("out/run"))
