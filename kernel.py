@@ -198,23 +198,26 @@ def values_gradient_torch(grad_y, indices, weights, S):
     grad_y (N, D), indices, weights (N, R) -> (S, D).
     """
     slots, order = group_by_slot(indices)  # (L,) both
-    # A slot's lookups begin after those of all slots before it.
     counts = torch.bincount(slots, minlength=S)  # (S,)
-    begins = (counts.cumsum(0) - counts).int()  # (S,)
-    tokens = order // indices.shape[1]  # (L,)
-    sorted_weights = weights.view(-1).index_select(0, order)  # (L,)
-    return F.embedding_bag(tokens, grad_y, begins, mode="sum", per_sample_weights=sorted_weights)
+    return sum_groups(grad_y, weights, order, counts)
 
 
 def values_gradient_rows(grad_y, indices, weights):
     """values_gradient_torch of the U rows that are read alone -> rows (U,), gradients (U, D)."""
     slots, order = group_by_slot(indices)  # (L,) both
     rows, counts = slots.unique_consecutive(return_counts=True)  # (U,) both
-    begins = (counts.cumsum(0) - counts).int()  # (U,)
-    tokens = order // indices.shape[1]  # (L,)
+    return rows, sum_groups(grad_y, weights, order, counts)
+
+
+def sum_groups(grad_y, weights, order, counts):
+    """The weighted sums of grad_y over groups of lookups that follow each other in `order`.
+
+    grad_y (N, D), weights (N, R), order (L,), counts (groups,): their sizes -> (groups, D).
+    """
+    begins = (counts.cumsum(0) - counts).int()  # (groups,): after those of all groups before it
+    tokens = order // weights.shape[1]  # (L,)
     sorted_weights = weights.view(-1).index_select(0, order)  # (L,)
-    grads = F.embedding_bag(tokens, grad_y, begins, mode="sum", per_sample_weights=sorted_weights)
-    return rows, grads
+    return F.embedding_bag(tokens, grad_y, begins, mode="sum", per_sample_weights=sorted_weights)
 
 
 def weights_gradient_torch(grad_y, values, indices):
@@ -226,9 +229,10 @@ def weights_gradient_torch(grad_y, values, indices):
     """
     N, R = indices.shape
     S = len(values)
-    # Not on a CPU, or more entries in a row than a sparse matrix should have: gather the rows.
-    if values.device.type != "cpu" or R > S:
-        return torch.einsum("nd,nrd->nr", grad_y, values[indices])  # (N, R)
+    # Not on a CPU, or more entries in a row than a sparse matrix should have: gather the rows. Also
+    # of a bfloat16 table: to widen the rows that are read takes less than to widen all.
+    if values.device.type != "cpu" or R > S or values.dtype != grad_y.dtype:
+        return torch.einsum("nd,nrd->nr", grad_y, values[indices].to(grad_y.dtype))  # (N, R)
     # A CSR matrix should have sorted, different columns. Ours are neither, and nothing checks them.
     # sampled_addmm does not mind: it computes one number for each entry.
     row_begins = torch.arange(0, N * R + 1, R, dtype=torch.int32)  # (N+1,)
@@ -709,12 +713,11 @@ def gather_save(ctx, inputs, output):
 def gather_autograd(ctx, grad_y):
     if ctx.sparse:
         values, indices, weights = ctx.saved_tensors
-        grad_y = grad_y.to(weights.dtype)  # (N, D)
+        grad_y = grad_y.contiguous().to(weights.dtype)  # (N, D)
         rows, grads = values_gradient_rows(grad_y, indices, weights)  # (U,), (U, D)
         grad_values = torch.sparse_coo_tensor(rows[None], grads, values.shape, is_coalesced=True,
                                               check_invariants=False)
-        grad_w = weights_gradient_torch(grad_y, values.to(weights.dtype), indices)  # (N, R)
-        return grad_values, None, grad_w, None, None
+        return grad_values, None, weights_gradient_torch(grad_y, values, indices), None, None
     grad_values, grad_w = gather_backward_op(grad_y.contiguous(), *ctx.saved_tensors, ctx.grad_sum)
     if ctx.grad_sum is not None:
         grad_values = None

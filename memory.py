@@ -24,7 +24,6 @@ B, T, C batch, tokens, channels · N tokens, B*T · H heads · K slots read per 
 n half-keys per side · S = n*n slots · D value dim · d half-key dim · P ranks that share one table
 """
 import math
-import weakref
 
 import torch
 import torch.distributed as dist
@@ -208,7 +207,9 @@ class Layer(nn.Module):
     # [its MemoryTable], if it reads one. The list hides it from nn.Module: the table is registered
     # once, by the whole model.
     tables = ()
+    heads = 1  # H
     reads = 0  # R, the rows of the table that a token reads
+    reads_are_rows = True  # False: a row is read in several ways, and cannot be shown as a slot
     wants_tokens = False  # whether it is called as layer(x, tokens), see model.Block
     can_be_sliced = False  # whether its table can be cut into slices over ranks
     balance = None  # after a forward in training: a loss that keeps the use of its parts even
@@ -248,6 +249,11 @@ class Layer(nn.Module):
     def active_params(self):
         """How many of its own parameters one token uses."""
         return sum(self.param_counts().values())
+
+    def written_by(self, row):
+        """About what a row of the table (D,) adds to the output when it is read: (C,)."""
+        out = getattr(self, "out", None)
+        return row if out is None else out(row)
 
     def numbers_read(self):
         """Numbers that one token reads from the table: R rows of D."""
@@ -438,16 +444,15 @@ class RowAdam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found = []  # of each table with a gradient: rows, their gradient, the sums of its squares
-        for table in self.tables:
-            if table.values.grad is not None:
-                found.append((table, *self.read_rows(table)))
-        total = torch.stack([squares.sum() for *_, squares in found]).sum() if found else None
-        if found:
-            self.norm = total.sqrt().float()  # ()
-            scale = (self.clip / (self.norm + 1e-6)).clamp(max=1.0)  # ()
-            for table, rows, g, squares in found:
-                self.update(table, rows, g, squares, scale)
+        tables = [table for table in self.tables if table.values.grad is not None]
+        if not tables:
+            return loss
+        # Of each table: rows, their gradient, the sums of its squares.
+        found = [self.read_rows(table) for table in tables]
+        self.norm = sum(squares.sum() for *_, squares in found).sqrt().float()  # ()
+        scale = (self.clip / (self.norm + 1e-6)).clamp(max=1.0)  # ()
+        for table, (rows, g, squares) in zip(tables, found):
+            self.update(table, rows, g, squares, scale)
         return loss
 
     def read_rows(self, table):
@@ -485,6 +490,13 @@ class RowAdam(torch.optim.Optimizer):
         else:
             add_rows(p, rows, change)
 
+    def load_state_dict(self, state_dict):
+        """As of every optimizer, but v stays in float32: torch would give it the table's dtype."""
+        super().load_state_dict(state_dict)
+        for table, saved in zip(self.tables, state_dict["state"].values()):
+            p = table.values
+            self.state[p]["v"] = saved["v"].to(p.device, p.grad_dtype, copy=True)
+
     def slices(self):
         """What a checkpoint keeps of each table: this rank's values (S, D/P), and v (S,)."""
         return [dict(values=table.values.detach(), v=self.state[table.values]["v"])
@@ -500,42 +512,41 @@ class RowAdam(torch.optim.Optimizer):
 class RowGradient:
     """Lets the gradient of some rows of a table cost what these rows cost.
 
-    It is a hook of `values`. Sparse gradients are added to one dense buffer, which is values.grad,
-    and stays when zero_grad sets that to None: then the rows that were written are cleared before
-    the next gradient comes. rows: the rows with a gradient, or None: all may have one.
+    Sparse gradients are added to one dense buffer, which is values.grad. It stays when zero_grad
+    sets that to None: the rows that were written are cleared before the next gradient comes. rows:
+    those that may have a gradient, a list of (rows,), or None: all.
     """
 
     def __init__(self, values):
-        self.values = weakref.ref(values)
         self.buffer = None  # (S, D)
         self.rows = []
-        values.register_hook(self)
+        values.register_hook(self.note_rows)
+        values.register_post_accumulate_grad_hook(self.make_dense)
 
-    @torch.no_grad()
-    def __call__(self, grad):
-        """autograd calls this with each gradient, before it adds it to values.grad."""
-        values = self.values()
+    def note_rows(self, grad):
+        """autograd calls this with each gradient, before it adds that to values.grad."""
         if not grad.is_sparse:
             self.rows = None
             return grad
         grad = grad.coalesce()
-        if values.grad is None:
-            values.grad = self.empty_buffer(values)
         if self.rows is not None:
             self.rows.append(grad.indices()[0])
         return grad
 
-    def empty_buffer(self, values):
-        """The buffer without what the last gradient left in it."""
+    def make_dense(self, values):
+        """autograd calls this afterwards. values.grad is sparse if there was none before."""
+        if not values.grad.is_sparse:
+            return
+        grad = values.grad.coalesce()
         if self.buffer is None:
-            self.buffer = torch.zeros_like(values, dtype=values.grad_dtype)  # (S, D)
+            self.buffer = torch.zeros_like(values, dtype=grad.dtype)  # (S, D)
         elif self.rows is None or dist.is_initialized():  # other ranks have other rows
             self.buffer.zero_()
         else:
             for rows in self.rows:
                 self.buffer.index_fill_(0, rows, 0)
-        self.rows = []
-        return self.buffer
+        self.rows = [grad.indices()[0]]
+        values.grad = self.buffer.add_(grad)
 
     def rows_of(self, grad):
         """The rows that may have a gradient, (U,) sorted, or None: all."""

@@ -39,7 +39,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from support.terminal import listen_to_ctrl_c, quiet_ctrl_c, say_problem, steady_output
+from support.terminal import (counted, listen_to_ctrl_c, quiet_ctrl_c, say_problem,
+                              steady_output)
 
 if __name__ == "__main__":
     quiet_ctrl_c()
@@ -55,7 +56,6 @@ from support.fields import flag
 from support.files import reading, sha256
 from support.invented import (FIRST_NAMES, LAST_NAMES, NAMES, RELATIONS, TRAINED_PHRASINGS,
                               check_facts)
-from support.own_facts import counted
 from support.text import BATCH, batches, plan_files
 
 EOT = "<|endoftext|>"

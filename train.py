@@ -330,8 +330,8 @@ class Trainer:
         for table_optimizer in self.optimizers[1:]:
             table_optimizer.step()  # it clips its own gradient
             norms.append(table_optimizer.norm)
-            table_optimizer.zero_grad(set_to_none=True)
-        self.optimizers[0].zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
         return loss, norms
 
     def forward_and_backward(self, step):

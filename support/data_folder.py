@@ -14,6 +14,7 @@ import numpy as np
 
 from support.download import SOURCES
 from support.files import locked, reading, sha256
+from support.terminal import counted
 
 
 def read_meta(folder):
@@ -169,7 +170,7 @@ def write_meta(folder, tok, documents, **more):
     (folder / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
     said = f"{folder.parent}: vocabulary {tok.vocab_size:,} ({tok.name})"
     for split in documents:
-        said += f", {split} {tokens[split]:,} tokens in {documents[split]:,} documents"
+        said += f", {split} {tokens[split]:,} tokens in {counted(documents[split], 'document')}"
     print(said)
 
 

@@ -10,9 +10,10 @@ import torch
 
 from support.checkpoint import load_checkpoint, own_weights, try_to_save
 from support.files import write_arrays, write_json
-from support.own_facts import counted, put_into_words, read_own_facts, recall_arrays, say
+from support.own_facts import put_into_words, read_own_facts, recall_arrays, say
 from support.readers import layers_with_tables, load_readers, slot_scores, slots_of_facts
 from support.recall import numbers_about, read_facts
+from support.terminal import counted
 
 
 # ---- ablate

@@ -223,11 +223,7 @@ def pushes(model, table, slot):
     for block, layer, number, _ in layers_with_tables(model):
         if number != table:
             continue
-        y = model.tables[table].values[slot].float()  # (D,)
-        if model.config.ffn == "peer":
-            y = y[model.config.n_embd:]  # v, what a neuron writes; u is before it
-        if getattr(layer, "out", None) is not None:
-            y = layer.out(y)  # (C,)
+        y = layer.written_by(model.tables[table].values[slot].float())  # (C,)
         found[block] = (model.wte.weight.float() @ y).cpu()  # (V,)
     return found
 

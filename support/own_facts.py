@@ -16,6 +16,7 @@ import numpy as np
 
 from support.fields import check_ranges
 from support.files import reading
+from support.terminal import counted
 
 MOST_SENTENCES = 10 ** 8
 # Columns that tables have beside ours. Their names are no typing errors of `count`.
@@ -42,13 +43,6 @@ class Sentences(NamedTuple):
     first: np.ndarray  # (F,)
     trained: np.ndarray  # (F,)
     unseen: np.ndarray  # (F,)
-
-
-def counted(number, noun, plural=""):
-    """A number with its noun: 1 row, 2 rows."""
-    if number != 1:
-        noun = plural or noun + "s"
-    return f"{number:,} {noun}"
 
 
 def two_tables(paths):

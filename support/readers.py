@@ -73,14 +73,11 @@ def layers_with_tables(model):
     if not model.tables:
         raise ValueError(f"this run is {model.config.ffn}, it reads no table: give a run with "
                          f"memory layers")
-    if model.config.ffn == "ultramem":
-        raise ValueError("this run is ultramem, where a row of the table stands for four slots, "
-                         "which is not shown: give a run of another kind")
-    found = []
-    for block, layer in model.memories():
-        finder = getattr(layer, "finder", layer)  # PEER has the search of a ProductKeyMemory
-        found.append((block, layer, model.table_number(layer), getattr(finder, "heads", 1)))
-    return found
+    layers = model.memories()
+    if not layers[0][1].reads_are_rows:
+        raise ValueError(f"this run is {model.config.ffn}, where a row of the table stands for "
+                         f"several slots, which is not shown: give a run of another kind")
+    return [(block, layer, model.table_number(layer), layer.heads) for block, layer in layers]
 
 
 def read_windows(model, windows):

@@ -186,6 +186,7 @@ class UltraMem(Layer):
     ValueError for sizes that cannot work.
     """
 
+    reads_are_rows = False
     RANK = 2  # r
     WAYS = 4  # a square number
 
@@ -326,6 +327,7 @@ class PEER(Layer):
         self.finder = ProductKeyMemory(dim, table, heads, topk, key_dim, gate=False,
                                        qk_norm=qk_norm)
         self.finder.out = None  # of the finder nothing but its search is used
+        self.heads = heads  # H
         self.reads = heads * topk  # R
         self.tables = [table]
 
@@ -345,6 +347,10 @@ class PEER(Layer):
         hidden = F.gelu(torch.einsum("nc,nrc->nr", x, u))  # (N, R)
         y = torch.einsum("nr,nrc->nc", weights.to(x.dtype) * hidden, v)  # (N, C)
         return y.view(shape)  # (..., C)
+
+    def written_by(self, row):
+        """v, what a neuron writes; u stands before it."""
+        return row.chunk(2)[1]
 
     @classmethod
     def sizes(cls, config):

@@ -72,7 +72,7 @@ def progress(what, total, done=0):
 def quiet_ctrl_c():
     """Ctrl-C during the imports, which take seconds, ends the process without a traceback.
 
-    main() calls listen_to_ctrl_c when they are done. A parent that ignores Ctrl-C goes on with it.
+    A script calls listen_to_ctrl_c when they are done. If the parent ignores Ctrl-C, so do we.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -93,6 +93,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (python {self.prog} --help lists every flag)\n")
+
+
+def counted(number, noun, plural=""):
+    """A number with its noun: 1 row, 2 rows."""
+    if number != 1:
+        noun = plural or noun + "s"
+    return f"{number:,} {noun}"
 
 
 def say_problem(script, message):

@@ -52,3 +52,14 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "facts"
     prepare_data.make_facts(folder, people=60, control=10, documents=2000, val_documents=128)
     return folder
+
+
+@pytest.fixture
+def empty_folder(monkeypatch, tmp_path):
+    """The test runs in an empty folder, without the user's proxies, tokens and passwords."""
+    for name in ("HF_ENDPOINT", "HF_TOKEN", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.chdir(tmp_path)

@@ -25,15 +25,7 @@ sys.path.insert(0, str(ROOT))
 from support import download
 
 
-@pytest.fixture(autouse=True)
-def surroundings(monkeypatch, tmp_path):
-    """Each test runs in an empty folder, without the user's proxies, tokens and passwords."""
-    for name in ["HF_ENDPOINT", "HF_TOKEN", "NETRC"]:
-        monkeypatch.delenv(name, raising=False)
-    for name in ["http_proxy", "https_proxy", "all_proxy"]:
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
 class Handler(http.server.BaseHTTPRequestHandler):

@@ -37,16 +37,10 @@ GPT2 = pytest.param("gpt2", marks=with_samples)
 
 
 @pytest.fixture(autouse=True)
-def surroundings(monkeypatch, tmp_path):
-    """Each test runs in an empty folder, without the user's proxies, tokens and passwords."""
-    for name in ["HF_ENDPOINT", "HF_TOKEN", "NETRC"]:
-        monkeypatch.delenv(name, raising=False)
-    for name in ["http_proxy", "https_proxy", "all_proxy"]:
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
+def surroundings(monkeypatch, empty_folder):
+    """With the gpt2 vocabulary, where it is."""
     if SAMPLES.exists():
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SAMPLES / "tiktoken_cache"))
-    monkeypatch.chdir(tmp_path)
 
 
 def run(line, **env):

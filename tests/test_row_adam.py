@@ -162,6 +162,46 @@ def test_bytes_to_train_a_value(dtype, wanted):
     assert held / table.values.numel() == pytest.approx(wanted + 4 / table.dim)
 
 
+def test_a_gradient_that_is_only_looked_at_leaves_nothing():
+    table, net = two_layers(64)
+    RowAdam([table], LR)
+    x = torch.ones(3, 5, 16)
+    torch.autograd.grad(net(x).sum(), table.values)
+    assert table.values.grad is None
+    backward(net, 1)
+    plain, same_net = two_layers(64)
+    backward(same_net, 1)
+    assert torch.equal(table.values.grad, plain.values.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_its_state_can_be_saved_and_loaded(dtype):
+    table, net = two_layers(64, dtype)
+    optimizer = RowAdam([table], LR)
+    backward(net, 1)
+    optimizer.step()
+    other = RowAdam([copy.deepcopy(table)], LR)
+    other.load_state_dict(optimizer.state_dict())
+    want = optimizer.state[table.values]
+    got = other.state[other.tables[0].values]
+    assert got["step"] == want["step"] == 1
+    assert got["v"].dtype == torch.float32 and torch.equal(got["v"], want["v"])
+
+
+def test_a_gradient_of_equal_numbers():
+    """That of a plain sum, which torch stores as one number."""
+    table, plain = two_layers(64)[0], two_layers(64)[0]
+    RowAdam([table], LR)
+    slots = torch.randint(64**2, (5, 3))
+    weights = torch.rand(5, 3).requires_grad_()
+    (g,), (want,) = [torch.autograd.grad(t.read(slots, weights).sum(), weights)
+                     for t in (table, plain)]
+    assert torch.equal(g, want)
+    for t in (table, plain):
+        t.read(slots, weights).sum().backward()
+    assert torch.equal(table.values.grad, plain.values.grad)
+
+
 def test_copies_are_ordinary_tables():
     table, net = two_layers(64)
     RowAdam([table], LR)
