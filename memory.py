@@ -22,6 +22,7 @@ that add parameters without compute are in support/rivals.py.
 
 B, T, C batch, tokens, channels · N tokens, B*T · H heads · K slots read per head · R = H*K
 n half-keys per side · S = n*n slots · D value dim · d half-key dim · P ranks that share one table
+U rows of the table that one step moves
 """
 import math
 
@@ -88,7 +89,7 @@ class MemoryTable(nn.Module):
     float32, in one process: values is a parameter like any other. Training with AdamW takes 16
     bytes a value (the gradient and two moments included), and autograd makes a gradient of the
     table's size for each layer that reads it. With RowAdam it takes 8.
-    bfloat16, or over several ranks: values trains under two optimizers alone. RowAdam gives it a
+    bfloat16, or over several ranks: only two optimizers can train values. RowAdam gives it a
     float32 .grad. support.table_adamw.TableAdamW gives it a grad_sum, to which the gather adds the
     gradients of all layers in place; then it has no .grad.
 
@@ -151,7 +152,7 @@ class MemoryTable(nn.Module):
         return F.embedding(slots, self.values, sparse=self.by_row(slots.numel()))
 
     def by_row(self, lookups):
-        """Whether the gradient of so many lookups is a sparse tensor of rows, for RowAdam."""
+        """Whether this many lookups get a sparse gradient, as RowAdam wants it on a CPU."""
         if torch.compiler.is_compiling() or self.values.device.type != "cpu":
             return False
         return lookups < len(self.values) and self.values in ROW_GRADIENTS
@@ -418,9 +419,10 @@ class RowAdam(torch.optim.Optimizer):
     Training takes 8 bytes a value in float32, 6 in bfloat16: the value and its float32 gradient.
 
     tables: list of MemoryTable, in float32 or bfloat16, which is rounded randomly. clip: largest
-    norm of the gradient, of all tables together. It clips by itself, since the norm needs all
-    slices of a table, and averages over replicas. After step(), `norm` is the norm before clipping.
-    On a CPU, not compiled, a step costs what was read: see RowGradient.
+    norm of the gradient, of all tables together. step() averages the gradient over the replicas of
+    a mesh and clips it, since the norm needs all slices. Afterwards, `norm` is the norm before
+    clipping. On a CPU, not compiled, a step costs the rows that were read, and one pass over v: see
+    RowGradient.
     """
 
     def __init__(self, tables, lr, beta2=0.99, eps=1e-8, clip=math.inf):
@@ -458,6 +460,8 @@ class RowAdam(torch.optim.Optimizer):
     def read_rows(self, table):
         """-> rows (U,), or None for all; their gradient g (U, D/P); sums of g^2 over all D (U,)."""
         p = table.values
+        if p.grad.is_sparse:  # that of torch.autograd.grad
+            p.grad = p.grad.to_dense()
         if table.mesh is not None:
             dist.all_reduce(p.grad, group=table.mesh.get_group("replica"))
             p.grad.div_(table.mesh.size())  # the loss is the mean over the tokens of all ranks
@@ -512,14 +516,15 @@ class RowAdam(torch.optim.Optimizer):
 class RowGradient:
     """Lets the gradient of some rows of a table cost what these rows cost.
 
-    Sparse gradients are added to one dense buffer, which is values.grad. It stays when zero_grad
-    sets that to None: the rows that were written are cleared before the next gradient comes. rows:
-    those that may have a gradient, a list of (rows,), or None: all.
+    A sparse gradient is written into one dense buffer, which becomes values.grad; autograd adds
+    later ones to it in place. zero_grad may set values.grad to None, but the buffer stays: before
+    the next gradient is written, the rows that may not be zero are cleared. rows: these (U,),
+    sorted, or None: all. To keep a gradient beyond zero_grad, clone it.
     """
 
     def __init__(self, values):
-        self.buffer = None  # (S, D)
-        self.rows = []
+        self.buffer = None  # (S, D/P)
+        self.rows = torch.empty(0, dtype=torch.int64)
         values.register_hook(self.note_rows)
         values.register_post_accumulate_grad_hook(self.make_dense)
 
@@ -530,7 +535,7 @@ class RowGradient:
             return grad
         grad = grad.coalesce()
         if self.rows is not None:
-            self.rows.append(grad.indices()[0])
+            self.rows = torch.cat((self.rows, grad.indices()[0])).unique()
         return grad
 
     def make_dense(self, values):
@@ -539,20 +544,26 @@ class RowGradient:
             return
         grad = values.grad.coalesce()
         if self.buffer is None:
-            self.buffer = torch.zeros_like(values, dtype=grad.dtype)  # (S, D)
-        elif self.rows is None or dist.is_initialized():  # other ranks have other rows
+            self.buffer = torch.zeros_like(values, dtype=grad.dtype)  # (S, D/P)
+        elif (rows := self.rows_of(self.buffer)) is None:
             self.buffer.zero_()
         else:
-            for rows in self.rows:
-                self.buffer.index_fill_(0, rows, 0)
-        self.rows = [grad.indices()[0]]
+            self.buffer.index_fill_(0, rows, 0)
+        self.rows = grad.indices()[0]
         values.grad = self.buffer.add_(grad)
 
     def rows_of(self, grad):
-        """The rows that may have a gradient, (U,) sorted, or None: all."""
+        """The rows of a gradient that may not be zero: (U,) sorted, or None: all."""
         if grad is not self.buffer or self.rows is None or dist.is_initialized():
+            return None  # other ranks have other rows
+        U = len(self.rows)
+        if U == 0 or U == len(grad):
             return None
-        return self.rows[0] if len(self.rows) == 1 else torch.cat(self.rows).unique()
+        # The first row that nobody has read. It is zero, unless somebody has written to all rows:
+        # a clip by a norm that is NaN, weight decay, noise.
+        is_gap = self.rows != torch.arange(U)
+        unread = int(is_gap.int().argmax()) if is_gap.any() else U
+        return None if grad[unread].any() else self.rows
 
 
 def add_rows(x, rows, change):

@@ -621,7 +621,8 @@ def test_a_dense_run(base, say, flags, said):
 
 @pytest.mark.parametrize("flags", [["--show-memory", "Tasia"], ["--slot", 3], ["--map"]])
 def test_rows_that_are_read_in_four_ways_are_not_shown(say, flags):
-    assert "is ultramem, where a row of the table stands for several slots" in say("ultramem", *flags)
+    said = say("ultramem", *flags)
+    assert "is ultramem, where a row of the table stands for several slots" in said
 
 
 @pytest.mark.parametrize("flags, said", [

@@ -202,6 +202,45 @@ def test_a_gradient_of_equal_numbers():
     assert torch.equal(table.values.grad, plain.values.grad)
 
 
+@pytest.mark.parametrize("write", ["clip a NaN", "add decay"])
+def test_what_is_written_to_all_rows_counts(write):
+    """By clipping with a norm that is NaN, and by adding to a gradient what it is not of."""
+    table, net = two_layers(64)
+    optimizer = RowAdam([table], LR)
+    if write == "clip a NaN":
+        net(torch.full((3, 5, 16), torch.nan)).sum().backward()
+        torch.nn.utils.clip_grad_norm_([table.values], 1.0)
+        optimizer.zero_grad()
+        backward(net, 1)
+        assert table.values.grad.isfinite().all()
+        return
+    backward(net, 1)
+    table.values.grad.add_(table.values.detach(), alpha=0.1)
+    g = table.values.grad.double()
+    want = table.values.detach().double()
+    want = want - LR * g / (((0.01 * g.square().mean(1)) / 0.01).sqrt() + 1e-8)[:, None]
+    optimizer.step()
+    assert (table.values - want).abs().max() < 1e-6
+    optimizer.zero_grad()
+    plain, same_net = two_layers(64)
+    plain.load_state_dict(table.state_dict())
+    backward(net, 2)
+    same_net.load_state_dict(net.state_dict())
+    backward(same_net, 2)
+    assert torch.equal(table.values.grad, plain.values.grad)
+
+
+def test_a_sparse_gradient_that_is_given():
+    table, net = two_layers(64)
+    same, same_net = two_layers(64)
+    optimizers = [RowAdam([t], LR) for t in (table, same)]
+    table.values.grad, = torch.autograd.grad(net(torch.ones(3, 5, 16)).sum(), table.values)
+    same_net(torch.ones(3, 5, 16)).sum().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    torch.testing.assert_close(table.values, same.values)
+
+
 def test_copies_are_ordinary_tables():
     table, net = two_layers(64)
     RowAdam([table], LR)
