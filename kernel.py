@@ -386,7 +386,7 @@ if triton is not None:
         """One program goes through CHUNK lookups, sorted by slot, and makes both gradients.
 
         The lookups of a slot follow each other, so their sum stays in registers until the slot
-        changes. Then it is added to the slot's row of grad_values, which no other program touches.
+        changes. Then it goes to the slot's row of grad_values, which no other program touches.
         Only the first and the last slot of a chunk may go on in the neighbouring chunks, so these
         two sums go to `edges`. The edges are lookups again, of weight 1, and the caller runs this
         kernel on them until one chunk is left. On the way each lookup's weight gets its gradient,
@@ -421,22 +421,18 @@ if triton is not None:
             place = tl.load(order + lookup)  # in the unsorted lookups: token * R + r
             token = (place // R).to(tl.int64)
             row = slot.to(tl.int64) * D + d  # (BLOCK_D,)
-            ends_here = next_slot != slot
-            # D where the slot ends, 0 elsewhere: (d < D) & ends_here fails in the interpreter.
-            dims_to_add_to = tl.where(ends_here, D, 0)
             w = tl.load(weights + place)
             g = tl.load(grad_y + token * D + d, mask=d < D, other=0.0).to(tl.float32)  # (BLOCK_D,)
             v = tl.load(values + row, mask=d < D, other=0.0).to(tl.float32)  # (BLOCK_D,)
-            before = tl.load(grad_values + row, mask=d < dims_to_add_to, other=0.0)  # (BLOCK_D,)
             total += w * g
             tl.store(grad_w + block.to(tl.int64) * L + place, tl.sum(g * v))
-            if ends_here:
+            if next_slot != slot:
                 if slot == first:
                     tl.store(edge_row, total, mask=d < D)
                 elif slot == last:
                     tl.store(edge_row + D, total, mask=d < D)
                 else:
-                    tl.store(grad_values + row, before + total, mask=d < D)
+                    tl.store(grad_values + row, total, mask=d < D)
                 slot = next_slot
                 total = tl.zeros((BLOCK_D,), tl.float32)  # (BLOCK_D,)
 
@@ -448,7 +444,7 @@ EDGE_CHUNK = 16
 
 
 def gather_backward_triton(grad_y, values, indices, weights, grad_values, chunk=BACKWARD_CHUNK):
-    """Add the gradient of values to grad_values (S, D) float32, return that of weights (N, R).
+    """Write the gradient of values to grad_values (S, D), zeros; return that of weights (N, R).
 
     Nothing is added atomically: all sums have a fixed order. chunk is at least 4, so that there are
     fewer edges than lookups.
@@ -634,7 +630,7 @@ def topk_sums_backward_triton(grad, slots, n, dtype):
 # torch.compile cannot look into our kernels. custom_op makes each function one node of its graph,
 # register_fake says which shapes and dtypes come out, register_autograd how the backward is made.
 
-def gather(values, indices, weights, grad_sum=None, sparse=False):
+def gather(values, indices, weights, sparse=False):
     """y[t] = sum_r weights[t, r] * values[indices[t, r]]: R weighted rows of a table per token.
 
     This is y = s V of Memory Layers at Scale (arXiv 2412.09764).
@@ -644,9 +640,8 @@ def gather(values, indices, weights, grad_sum=None, sparse=False):
     values' dtype, summed in at least float32. Differentiable in values and weights, with the same
     bits on every run. Raises ValueError for shapes that do not fit.
 
-    grad_sum (S, D) float32: if given, the gradient of values is added to it in place, and values
-    needs no grad. sparse: the gradient of values is a sparse tensor of the rows that are read, in
-    weights' dtype. That works on a CPU, not compiled.
+    The gradient of values is summed in the dtype of the weights. sparse: it is a sparse tensor of
+    the rows that are read. That works on a CPU, not compiled.
     """
     most_lookups = 2**31 - 2 * BACKWARD_CHUNK  # the kernels count lookups in 32 bits
     shapes_fit = values.dim() == 2 and indices.dim() == 2 and indices.shape == weights.shape
@@ -657,57 +652,45 @@ def gather(values, indices, weights, grad_sum=None, sparse=False):
             f"indices {tuple(indices.shape)}, weights {tuple(weights.shape)}")
     weights = weights.to(torch.promote_types(values.dtype, torch.float32))  # (N, R)
     is_empty = values.numel() == 0 or indices.numel() == 0
-    # mps lacks what gather_torch calls. A grad_sum is not supported there.
-    on_mps = values.device.type == "mps" and grad_sum is None
-    if is_empty or on_mps:
+    if is_empty or values.device.type == "mps":  # mps lacks what gather_torch calls
         return gather_reference(values, indices, weights)  # (N, D)
     indices = indices.int().contiguous()  # (N, R)
-    return gather_op(values.contiguous(), indices, weights.contiguous(), grad_sum, sparse)
+    return gather_op(values.contiguous(), indices, weights.contiguous(), sparse)
 
 
 @torch.library.custom_op("nanomemory::gather", mutates_args=())
 def gather_op(values: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor,
-              grad_sum: torch.Tensor | None, sparse: bool = False) -> torch.Tensor:
-    """grad_sum and sparse are for the backward, see gather_autograd."""
+              sparse: bool = False) -> torch.Tensor:
+    """sparse is for the backward, see gather_autograd."""
     if uses_triton(values.device) and values.dtype != torch.float64:
         return gather_triton(values, indices, weights)
     return gather_torch(values, indices, weights)
 
 
 @gather_op.register_fake
-def gather_shapes(values, indices, weights, grad_sum, sparse=False):
+def gather_shapes(values, indices, weights, sparse=False):
     return values.new_empty(indices.shape[0], values.shape[1])
 
 
-@torch.library.custom_op("nanomemory::gather_backward", mutates_args=("grad_sum",))
+@torch.library.custom_op("nanomemory::gather_backward", mutates_args=())
 def gather_backward_op(grad_y: torch.Tensor, values: torch.Tensor, indices: torch.Tensor,
-                       weights: torch.Tensor, grad_sum: torch.Tensor | None,
-                       ) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> the gradient of values (S, D), or an empty tensor if grad_sum took it; that of weights."""
+                       weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> the gradients of values (S, D) and weights (N, R), both in weights' dtype."""
     if uses_triton(values.device) and values.dtype != torch.float64:
-        total = grad_sum
-        if total is None:
-            total = torch.zeros_like(values, dtype=torch.float32)  # (S, D)
-        grad_w = gather_backward_triton(grad_y, values, indices, weights, total)  # (N, R)
-    else:
-        total, grad_w = gather_backward_torch(grad_y, values, indices, weights)  # (S, D), (N, R)
-        if grad_sum is not None:
-            grad_sum += total
-    if grad_sum is not None:
-        return values.new_empty(0), grad_w
-    return total.to(values.dtype), grad_w
+        grad_values = torch.zeros_like(values, dtype=weights.dtype)  # (S, D)
+        grad_w = gather_backward_triton(grad_y, values, indices, weights, grad_values)  # (N, R)
+        return grad_values, grad_w
+    return gather_backward_torch(grad_y, values, indices, weights)
 
 
 @gather_backward_op.register_fake
-def gather_backward_shapes(grad_y, values, indices, weights, grad_sum):
-    grad_values = torch.empty_like(values) if grad_sum is None else values.new_empty(0)
-    return grad_values, torch.empty_like(weights)
+def gather_backward_shapes(grad_y, values, indices, weights):
+    return torch.empty_like(values, dtype=weights.dtype), torch.empty_like(weights)
 
 
 def gather_save(ctx, inputs, output):
-    values, indices, weights, grad_sum, ctx.sparse = inputs
+    values, indices, weights, ctx.sparse = inputs
     ctx.save_for_backward(values, indices, weights)
-    ctx.grad_sum = grad_sum  # not among the saved tensors: those must not be written to
 
 
 def gather_autograd(ctx, grad_y):
@@ -717,11 +700,9 @@ def gather_autograd(ctx, grad_y):
         rows, grads = values_gradient_rows(grad_y, indices, weights)  # (U,), (U, D)
         grad_values = torch.sparse_coo_tensor(rows[None], grads, values.shape, is_coalesced=True,
                                               check_invariants=False)
-        return grad_values, None, weights_gradient_torch(grad_y, values, indices), None, None
-    grad_values, grad_w = gather_backward_op(grad_y.contiguous(), *ctx.saved_tensors, ctx.grad_sum)
-    if ctx.grad_sum is not None:
-        grad_values = None
-    return grad_values, None, grad_w, None, None
+        return grad_values, None, weights_gradient_torch(grad_y, values, indices), None
+    grad_values, grad_w = gather_backward_op(grad_y.contiguous(), *ctx.saved_tensors)
+    return grad_values, None, grad_w, None
 
 
 gather_op.register_autograd(gather_autograd, setup_context=gather_save)

@@ -24,6 +24,7 @@ B, T, C batch, tokens, channels · N tokens, B*T · H heads · K slots read per 
 n half-keys per side · S = n*n slots · D value dim · d half-key dim · P ranks that share one table
 U rows of the table that one step moves
 """
+import functools
 import math
 
 import torch
@@ -31,7 +32,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernel import gather, topk_sums
+from kernel import gather, topk_sums, uses_triton
 
 # ---- which slots: product keys
 
@@ -84,17 +85,14 @@ def unevenness(scores):
 class MemoryTable(nn.Module):
     """The values: S = n_keys**2 slots of `dim` numbers, shared by all layers that read them.
 
-    A layer does not own its table: register the table once in your model.
-
-    float32, in one process: values is a parameter like any other. Training with AdamW takes 16
-    bytes a value (the gradient and two moments included), and autograd makes a gradient of the
-    table's size for each layer that reads it. With RowAdam it takes 8.
-    bfloat16, or over several ranks: only two optimizers can train values. RowAdam gives it a
-    float32 .grad. support.table_adamw.TableAdamW gives it a grad_sum, to which the gather adds the
-    gradients of all layers in place; then it has no .grad.
+    A layer does not own its table: register the table once in your model. Its values are a
+    parameter like any other, and any optimizer can train them. RowAdam, below, takes 8 bytes a
+    value where AdamW takes 16, and a step on a CPU costs the rows that were read. It also trains a
+    table in bfloat16 or in slices.
 
     mesh: a torch DeviceMesh ("replica", "slice") of several ranks. The P ranks along "slice" hold
-    D/P dims of every slot each. Raises ValueError if P does not divide dim.
+    D/P dims of every slot each, and only RowAdam trains them. Raises ValueError if P does not
+    divide dim.
     std: of the values that init_weights draws, a number or a (dim,) tensor; default 1/sqrt(dim).
     """
 
@@ -112,10 +110,9 @@ class MemoryTable(nn.Module):
                              f"slices: choose a number of slices that divides {dim}")
         width = dim // self.parts  # D/P
         self.dims = slice(part * width, (part + 1) * width)  # the columns that are here
-        has_grad = mesh is None and dtype == torch.float32
         values = torch.empty(n_keys**2, width, dtype=dtype)  # (S, D/P)
-        self.values = nn.Parameter(values, requires_grad=has_grad)
-        self.grad_sum = None  # (S, D/P) in at least float32
+        # Slices have no gradient before RowAdam asks for it: DDP must leave them alone.
+        self.values = nn.Parameter(values, requires_grad=mesh is None)
         read_weight = torch.zeros(n_keys**2, dtype=torch.int64)  # (S,), in units of 2^-24
         self.register_buffer("read_weight", read_weight, persistent=False)
         self.counting = False
@@ -144,8 +141,7 @@ class MemoryTable(nn.Module):
 
     def gather(self, slots, weights):
         """The weighted sums of the dims that are here: slots, weights (N, R) -> (N, D/P)."""
-        by_row = self.by_row(slots.numel())
-        return gather(self.values, slots, weights, self.grad_sum, by_row)
+        return gather(self.values, slots, weights, self.by_row(slots.numel()))
 
     def rows(self, slots):
         """The values of slots (N, R) themselves -> (N, R, D). Only of a whole table."""
@@ -405,6 +401,11 @@ class ProductKeyMemory(Layer):
         half_keys = self.half_keys.numel()
         return dict(dense=super().param_counts()["dense"] - half_keys, half_keys=half_keys)
 
+    def parameter_groups(self):
+        groups = super().parameter_groups()
+        rest = [p for p in groups[1][0] if p is not self.half_keys]
+        return [groups[0], (rest, False, "learning_rate"), ([self.half_keys], False, "half_key_lr")]
+
 
 # ---- the optimizer of the table
 
@@ -432,6 +433,9 @@ class RowAdam(torch.optim.Optimizer):
         self.norm = None
         for table in self.tables:
             p = table.values  # (S, D/P)
+            if p.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+                raise ValueError(f"RowAdam trains no table in {p.dtype}: make it in float32 or "
+                                 f"bfloat16")
             p.requires_grad_(True)
             p.grad_dtype = torch.promote_types(p.dtype, torch.float32)
             v = torch.zeros(len(p), dtype=p.grad_dtype, device=p.device)  # (S,)
@@ -474,25 +478,22 @@ class RowAdam(torch.optim.Optimizer):
 
     def update(self, table, rows, g, squares, scale):
         """Move the rows by the gradient scale * g. squares (U,): the sums of g^2 over all D."""
-        p = table.values
+        p = table.values.detach()  # torch.compile refuses a gradient of another dtype
         group = self.param_groups[0]
-        state = self.state[p]
+        state = self.state[table.values]
         state["step"] += 1
         beta2 = group["beta2"]
         v = state["v"].mul_(beta2)  # (S,)
-        added = ((1 - beta2) / table.dim * scale**2 * squares).to(v.dtype)  # (U,)
-        add_rows(v, rows, added)
+        add_rows(v, rows, squares.to(v.dtype), (1 - beta2) / table.dim * scale**2)
         root = (take(v, rows) / (1 - beta2 ** state["step"])).sqrt() + group["eps"]  # (U,)
-        change = g * (-group["lr"] * scale / root)[:, None]  # (U, D/P)
-        if p.dtype == torch.bfloat16:
-            bits = noise(state["step"], rows, table.dims, p)  # (U, D/P)
-            new = round_randomly(take(p, rows).float() + change, bits)  # (U, D/P)
-            if rows is None:
-                p.copy_(new)
-            else:
-                p.index_copy_(0, rows, new)
-        else:
-            add_rows(p, rows, change)
+        factor = (-group["lr"] * scale / root)[:, None]  # (U, 1)
+        if p.dtype != torch.bfloat16:
+            add_rows(p, rows, g, factor)
+            return
+        moved = take(p, rows)  # (U, D/P)
+        add_rounded(moved, g, factor, *places(p, rows, table.dims, state["step"]))
+        if rows is not None:
+            p.index_copy_(0, rows, moved)
 
     def load_state_dict(self, state_dict):
         """As of every optimizer, but v stays in float32: torch would give it the table's dtype."""
@@ -500,17 +501,6 @@ class RowAdam(torch.optim.Optimizer):
         for table, saved in zip(self.tables, state_dict["state"].values()):
             p = table.values
             self.state[p]["v"] = saved["v"].to(p.device, p.grad_dtype, copy=True)
-
-    def slices(self):
-        """What a checkpoint keeps of each table: this rank's values (S, D/P), and v (S,)."""
-        return [dict(values=table.values.detach(), v=self.state[table.values]["v"])
-                for table in self.tables]
-
-    def load(self, saved, step):
-        """Go on after `step` steps. saved: for each table {"v": [v, ...]}, alike on all ranks."""
-        for table, of_ranks in zip(self.tables, saved):
-            state = self.state[table.values]
-            state.update(step=step, v=of_ranks["v"][0].to(table.values.device, copy=True))
 
 
 class RowGradient:
@@ -566,12 +556,12 @@ class RowGradient:
         return None if grad[unread].any() else self.rows
 
 
-def add_rows(x, rows, change):
-    """Add to some rows of x (S, ...) in place, or to all if rows is None."""
+def add_rows(x, rows, change, factor):
+    """Add change * factor to some rows of x (S, ...) in place, or to all if rows is None."""
     if rows is None:
-        x.add_(change)
+        x.addcmul_(change, factor)
     else:
-        x.index_add_(0, rows, change)
+        x.index_add_(0, rows, change * factor)
 
 
 def take(x, rows):
@@ -583,15 +573,38 @@ def take(x, rows):
 ROW_GRADIENTS = torch.utils.weak.WeakTensorKeyDictionary()
 
 
-def noise(step, rows, dims, values):
-    """16 random bits for each place of some rows, from step and place alone: (U, D/P) int64.
+def places(values, rows, dims, step):
+    """What the rounding of some rows, or of all if rows is None, depends on -> row, column, step.
 
-    rows: (U,), or None for all. A table in slices is rounded as the whole one.
+    Tensors: (U, 1), (D/P,), (). A table in slices is rounded as the whole one.
     """
-    row = take(torch.arange(len(values), device=values.device), rows)  # (U,)
+    row = take(torch.arange(len(values), device=values.device), rows)[:, None]  # (U, 1)
     column = torch.arange(dims.start, dims.stop, device=values.device)  # (D/P,)
-    step = torch.full((), step, device=values.device)
-    return scramble(scramble(scramble(step) ^ row[:, None]) ^ column) & 0xFFFF
+    return row, column, torch.full((), step, device=values.device)
+
+
+def add_rounded(values, g, factor, row, column, step):
+    """values += g * factor in bfloat16, in place. values, g (U, D/P), factor (U, 1); see places."""
+    if uses_triton(values.device):  # then torch.compile makes one pass of it
+        compiled_sum()(values, g, factor, row, column, step)
+        return
+    for some in zip(*(x.split(4096) for x in (values, g, factor, row))):
+        add_rounded_sum(*some, column, step)
+
+
+def add_rounded_sum(values, g, factor, row, column, step):
+    new = values.float() + g * factor  # (U, D/P)
+    values.copy_(round_randomly(new, noise(row, column, step)))
+
+
+@functools.cache
+def compiled_sum():
+    return torch.compile(add_rounded_sum)
+
+
+def noise(row, column, step):
+    """16 random bits for each place, from step and place alone: (U, 1), (D/P,), () -> (U, D/P)."""
+    return scramble(scramble(scramble(step) ^ row) ^ column) & 0xFFFF
 
 
 def scramble(x):

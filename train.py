@@ -54,7 +54,6 @@ from support.ranks import meet_the_others, ranks, share_out, sum_over_ranks, wai
 from support.readers import save_readers
 from support.recall import read_facts
 from support.stopwatch import WARM_UP, Stopwatch
-from support.table_adamw import TableAdamW
 
 
 # ---- settings
@@ -79,8 +78,10 @@ class Settings(GPTConfig):
                                     "Lower it when memory runs out", 0, 2**24)
     learning_rate: float = setting(3e-3, "peak rate, times linear warm-up and linear decay to 0",
                                    1e-30, 1e38)
-    table_optimizer: str = setting("adamw", "adamw | row: one second moment a row, no momentum "
-                                   "(RowAdam); it wants about four times the rate of adamw")
+    half_key_share: float = setting(1.0, "the rate of the half-keys, as a share of learning_rate: "
+                                    "slots keep their meaning longer when it is low", 1e-30, 1e38)
+    table_optimizer: str = setting("row", "row | adamw: what trains the memory table, "
+                                   "RowAdam or AdamW (float32 alone)")
     value_lr: float = setting(5e-3, "the same for the memory table's values", 1e-30, 1e38)
     value_lr_end: float = setting(1.0, "extra linear decay of the values' rate, to this share "
                                   "of its peak; UltraMem: 0.25", 0, 1)
@@ -104,6 +105,11 @@ class Settings(GPTConfig):
     profile: bool = setting(False, "print where the time of 20 steps goes, "
                             "operation by operation, and stop")
 
+    @property
+    def half_key_lr(self):
+        """The peak rate of the half-keys."""
+        return self.half_key_share * self.learning_rate
+
 
 # What a preset changes in Settings. Every preset trains with memory layers, unless --ffn dense.
 PRESETS = {
@@ -111,7 +117,7 @@ PRESETS = {
     "facts": dict(
         n_layer=3, n_head=4, n_embd=64,
         mem_layers=(1,), mem_n_keys=128, mem_key_dim=16, mem_gate=False, qk_norm=False,
-        value_lr=1.6e-1, log_every=250),
+        half_key_share=1/3, value_lr=3.2e-1, log_every=250),
     "facts-gpu": dict(
         data="data/facts-gpu",
         n_layer=8, n_head=8, n_embd=512,
@@ -197,7 +203,7 @@ def make_optimizers(model, s):
     """AdamW for everything but the tables, and with memory layers another optimizer for those.
 
     The layers say which of their parameters are decayed, and which setting is their rate. Returns
-    (list of optimizers, all parameters of the first).
+    the optimizers, and for each one the parameters that train.py clips for it. RowAdam clips.
     """
     groups = []
     for (is_decayed, rate_name), parameters in model.parameter_groups().items():
@@ -205,15 +211,19 @@ def make_optimizers(model, s):
         groups.append(dict(params=parameters, lr=getattr(s, rate_name), weight_decay=decay))
     betas = (s.beta1, s.beta2)
     optimizers = [torch.optim.AdamW(groups, lr=s.learning_rate, betas=betas, fused=True)]
+    clipped = [[p for group in groups for p in group["params"]]]
     tables = list(model.tables)
     if tables and s.table_optimizer == "row":
         optimizers.append(RowAdam(tables, s.value_lr, s.beta2, clip=largest_norm(s)))
     elif tables:
-        optimizers.append(TableAdamW(tables, s.value_lr, betas, largest_norm(s), s.compile))
+        values = [table.values for table in tables]
+        optimizers.append(torch.optim.AdamW(values, lr=s.value_lr, betas=betas, weight_decay=0.0,
+                                            fused=True))
+        clipped.append(values)
     for optimizer, end in zip(optimizers, (1.0, s.value_lr_end)):
         for group in optimizer.param_groups:
             group.update(peak=group["lr"], end=end)  # for set_learning_rates
-    return optimizers, [p for group in groups for p in group["params"]]
+    return optimizers, clipped
 
 
 def set_learning_rates(optimizers, step, s):
@@ -256,7 +266,7 @@ class Trainer:
 
         self.P = settings.slices(s, world)
         mesh = None
-        if world > 1 and kind_of(s).can_be_sliced:
+        if world > 1 and settings.trains_slices(s):
             mesh = init_device_mesh(device.split(":")[0], (world // self.P, self.P),
                                     mesh_dim_names=("replica", "slice"))
         # What earlier processes did of this run, see go_on. The loop does not change these three.
@@ -269,17 +279,16 @@ class Trainer:
             self.model = take_weights(s, device, mesh)
         else:
             self.model = GPT(s, mesh).to(device)
-        self.optimizers, self.dense = make_optimizers(self.model, s)
-        if resume:
-            self.go_on(saved)
         self.compiled = will_compile(s.compile, device)
         self.net = self.wrap()
+        self.optimizers, self.clipped = make_optimizers(self.model, s)
+        if resume:
+            self.go_on(saved)
 
     def go_on(self, saved):
         """Take the state of the optimizers and the progress of a run from its checkpoint."""
-        self.optimizers[0].load_state_dict(saved["optimizer"])
-        if self.model.tables:
-            self.optimizers[1].load(saved["tables"], saved["step"])
+        for optimizer, state in zip(self.optimizers, saved["optimizers"]):
+            optimizer.load_state_dict(state)
         self.steps_done = saved["step"]
         self.seconds = saved["seconds"]
         self.line = saved.get("line")
@@ -289,25 +298,14 @@ class Trainer:
         net = self.model
         if self.compiled:
             net = torch.compile(net)
-            if self.model.tables:
-                # Otherwise the graph is split where DDP sends its gradients, and the backward of
-                # one part finds that the other's has written to grad_sum.
-                torch._dynamo.config.optimize_ddp = False
         if self.world > 1:
             # torch 2.13 has another name for it and warns; 2.11 knows this one only.
             warnings.filterwarnings("ignore", "`broadcast_buffers`")
-            # DDP leaves alone what has no gradient now: the optimizer of a table in slices averages
-            # its replicas.
-            values = [(table.values, table.values.requires_grad) for table in self.model.tables
-                      if table.mesh is not None]
-            for p, _ in values:
-                p.requires_grad_(False)
             # init_sync=False: each rank has the same weights already, and its slice of the tables.
+            # DDP leaves slices alone: RowAdam averages their gradients.
             net = torch.nn.parallel.DistributedDataParallel(
                 net, device_ids=[self.device] if self.cuda else None, broadcast_buffers=False,
                 init_sync=False)
-            for p, had_gradient in values:
-                p.requires_grad_(had_gradient)
         return net
 
     def count_reads(self, on):
@@ -325,12 +323,12 @@ class Trainer:
         torch.manual_seed(hash((self.s.seed, step, self.rank)))
         set_learning_rates(self.optimizers, step, self.s)
         loss = self.forward_and_backward(step)
-        norms = [torch.nn.utils.clip_grad_norm_(self.dense, largest_norm(self.s))]
-        self.optimizers[0].step()
-        for table_optimizer in self.optimizers[1:]:
-            table_optimizer.step()  # it clips its own gradient
-            norms.append(table_optimizer.norm)
+        norms = [torch.nn.utils.clip_grad_norm_(parameters, largest_norm(self.s))
+                 for parameters in self.clipped]
         for optimizer in self.optimizers:
+            optimizer.step()
+            if isinstance(optimizer, RowAdam):
+                norms.append(optimizer.norm)
             optimizer.zero_grad(set_to_none=True)
         return loss, norms
 

@@ -12,6 +12,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python}
+# What each run has before its own flags. Most results are older than RowAdam: AdamW trained tables.
+table="--table-optimizer adamw --half-key-share 1 --value-lr 1.6e-1"
 at_once=${JOBS:-1}
 if ((at_once > 1)); then
     cores=$(nproc)
@@ -81,6 +83,6 @@ run_by() {
         $launcher train.py --resume --out-dir "$out"
     else
         echo "$out starts"
-        $launcher train.py "$@" --out-dir "$out"
+        $launcher train.py $table "$@" --out-dir "$out"
     fi
 }

@@ -15,6 +15,7 @@ if (($# != 2)); then
 fi
 here=$PWD  # the paths of the files start here, and run.sh goes to another folder
 source "$(dirname "${BASH_SOURCE[0]}")/run.sh"
+table="--table-optimizer adamw --half-key-share 1"
 stories=$(cd "$here" && realpath "$1")
 web=$(cd "$here" && realpath "$2")
 declare -A files=([stories]=$stories [web]=$web)

@@ -12,7 +12,6 @@ from support.data_folder import read_meta
 from support.files import reading, write_whole
 from support.ranks import any_rank_failed
 from support.settings import MAY_CHANGE
-from support.table_adamw import columns
 
 
 # 2: layer norms. Before, norms were RMS norms, whose weights have the same names and shapes.
@@ -31,19 +30,19 @@ def save_checkpoint(folder, model, optimizers, step, seconds, settings, line=Non
     parts = model.tables[0].parts if model.tables else 1  # P
     # The first P ranks hold the table once, each a slice. Other ranks hold copies of these.
     names = [f"ckpt-{step}-{i}of{parts}.pt" for i in range(parts)] if parts > 1 else []
-    tables = dict(tables=optimizers[1].slices() if model.tables else [])
+    values = dict(values=[table.values.detach() for table in model.tables])
     problem = None
     if rank < len(names):
-        problem = try_to_save(tables, folder / names[rank])
+        problem = try_to_save(values, folder / names[rank])
     if any_rank_failed(problem):
         remove_slices(folder, names, rank)
         return problem or OTHER_RANK
     if rank == 0:
-        state = dict(version=CHECKPOINT_VERSION, optimizer=optimizers[0].state_dict(),
-                     slices=names, step=step, seconds=seconds, settings=settings, line=line)
-        state["model"] = own_weights(model)
+        state = dict(version=CHECKPOINT_VERSION, model=own_weights(model), slices=names,
+                     optimizers=[optimizer.state_dict() for optimizer in optimizers],
+                     step=step, seconds=seconds, settings=settings, line=line)
         if not names:
-            state.update(tables)
+            state.update(values)
         problem = try_to_save(state, folder / "ckpt.pt")
         if problem is None:
             for old in folder.glob("ckpt-[0-9]*of*.pt*"):
@@ -87,11 +86,10 @@ def own_weights(model):
 def load_checkpoint(folder, device="cpu", mesh=None, **changes):
     """A run folder -> (GPT, checkpoint), for training and for sample.py.
 
-    checkpoint: model, optimizer, step, seconds, settings, and tables: for each one {"values",
-    "exp_avg", "exp_avg_sq"}, lists of the slices that it was saved in. With a mesh the GPT holds
-    this rank's dims of the tables, whatever the number of ranks that saved them. changes: settings
-    of the GPT that replace the saved ones. Raises ValueError when there is no checkpoint, or one
-    that cannot be read, and says why.
+    checkpoint: what save_checkpoint has written. With a mesh the GPT holds this rank's dims of the
+    tables, whatever the number of ranks that saved them. changes: settings of the GPT that replace
+    the saved ones. Raises ValueError when there is no checkpoint, or one that cannot be read, and
+    says why.
     """
     path = Path(folder) / "ckpt.pt"
     if not path.exists():
@@ -113,17 +111,34 @@ def load_checkpoint(folder, device="cpu", mesh=None, **changes):
         config = {name: settings[name] for name in names & settings.keys()} | changes
         model = GPT(GPTConfig(**config), mesh)
         weights = dict(state["model"])
-        tables = []
         for i, table in enumerate(model.tables):
-            whole = {name: [file["tables"][i][name] for file in saved]
-                     for name in saved[0]["tables"][i]}
-            weights[f"tables.{i}.values"] = columns(whole["values"], table.dims)
-            tables.append(whole)
+            slices = [values_of(file)[i] for file in saved]
+            weights[f"tables.{i}.values"] = columns(slices, table.dims)
         model.load_state_dict(weights)
-        state["tables"] = tables
-        for name in ("step", "optimizer", "seconds"):
+        for name in ("step", "seconds"):
             state[name]  # KeyError if it is missing
     return model.to(device), state
+
+
+def values_of(file):
+    """The tables' values in a file of a checkpoint. Before RowAdam, it kept moments, too."""
+    if "values" in file:
+        return file["values"]
+    return [table["values"] for table in file["tables"]]
+
+
+def columns(slices, dims):
+    """Columns `dims` (a slice) of a matrix (S, D) that is stored as P slices (S, D/P).
+
+    The whole matrix is never built.
+    """
+    width = slices[0].shape[1]
+    parts = []
+    for i, s in enumerate(slices):
+        begin = max(dims.start - i * width, 0)
+        end = max(dims.stop - i * width, 0)
+        parts.append(s[:, begin:end])  # empty where this slice holds none of them
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def load_same_run(s, meta, device, mesh):
@@ -133,6 +148,10 @@ def load_same_run(s, meta, device, mesh):
     """
     out = Path(s.out_dir)
     model, state = load_checkpoint(out, device, mesh)
+    if "optimizers" not in state:
+        raise ValueError(f"{out}/ckpt.pt was saved before RowAdam trained the tables, and cannot "
+                         f"be resumed: {out}/config.json names the commit that can; start from "
+                         f"its weights with --init-from {out} --out-dir out/NAME")
     for name, value in state["settings"].items():
         if name not in MAY_CHANGE | {"out_dir"} and getattr(s, name, value) != value:
             raise ValueError(f"{out}/config.json says {name} {getattr(s, name)}, and ckpt.pt "

@@ -376,11 +376,8 @@ def save_edited(model, args, report, facts):
         weights[name] = whole
     state["model"] = {name: weights[name].cpu() for name in own_weights(model)}
     dtype = getattr(torch, model.config.mem_dtype)
-    for table, saved in zip(model.tables, state["tables"]):
-        saved["values"] = [table.values.detach().cpu().to(dtype)]
-    # v, one number per row, is the same in all slices.
-    state["tables"] = [{name: slices[0] if name == "v" else torch.cat(list(slices), dim=1)
-                        for name, slices in saved.items()} for saved in state["tables"]]
+    state["values"] = [table.values.detach().cpu().to(dtype) for table in model.tables]
+    state.pop("tables", None)  # where older files have the values
     state["slices"] = []
     problem = try_to_save(state, part / "ckpt.pt")
     if problem:

@@ -204,7 +204,7 @@ class UltraMem(Layer):
         if key_dim < 2 or key_dim % 2:
             raise ValueError(f"key_dim {key_dim} is not an even number above 0: "
                              f"a key has two halves, so choose an even one")
-        if not table.values.requires_grad:
+        if table.mesh is not None or table.values.dtype == torch.bfloat16:
             raise ValueError("UltraMem reads whole tables in float32: make the table with neither "
                              "dtype nor mesh")
         sets = 2 * heads * self.RANK

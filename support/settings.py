@@ -148,8 +148,11 @@ def fit_to_data(s, world):
     if window and s.block_size != window:
         raise ValueError(f"--block-size {s.block_size} is not {s.data}'s window of {window} "
                          f"tokens, one fact each: give --block-size {window}")
-    if s.table_optimizer not in ("adamw", "row"):
-        raise ValueError(f"--table-optimizer {s.table_optimizer} is unknown: choose adamw or row")
+    if s.table_optimizer not in ("row", "adamw"):
+        raise ValueError(f"--table-optimizer {s.table_optimizer} is unknown: choose row or adamw")
+    if s.table_optimizer == "adamw" and s.mem_dtype != "float32":
+        raise ValueError(f"--table-optimizer adamw trains no table in {s.mem_dtype}: choose row, "
+                         f"or --mem-dtype float32")
     s.check()
     check_ranks(s, world)
     return meta
@@ -161,19 +164,23 @@ def check_ranks(s, world):
     if micro < 1 or s.batch_size % (micro * world):
         raise ValueError(f"--batch-size {s.batch_size} does not divide into {world} rank(s) x "
                          f"--micro-batch-size {micro}: change one of them")
-    can_be_sliced = kind_of(s).can_be_sliced
-    if s.ffn != "dense" and not can_be_sliced and s.mem_parallel > 1:
+    if s.ffn != "dense" and not trains_slices(s) and s.mem_parallel > 1:
         raise ValueError(f"--mem-parallel {s.mem_parallel}: ranks cannot share what --ffn {s.ffn} "
-                         f"holds: leave it out")
+                         f"holds, or --table-optimizer {s.table_optimizer} trains: leave it out")
     P = slices(s, world)
     D = s.value_dim()
-    if world % P or (can_be_sliced and D % P):
+    if world % P or (trains_slices(s) and D % P):
         raise ValueError(f"--mem-parallel {P}: a table of {D} dims cannot be shared so by {world} "
                          f"rank(s): choose a number that divides both, 1 always does")
 
 
 def slices(s, world):
     """P: into how many slices the table is cut."""
-    if not kind_of(s).can_be_sliced:
+    if not trains_slices(s):
         return 1
     return s.mem_parallel or world
+
+
+def trains_slices(s):
+    """Whether several ranks train slices, or replicas, of a table. If not, that is up to DDP."""
+    return kind_of(s).can_be_sliced and s.table_optimizer == "row"

@@ -25,6 +25,7 @@ memory, the last five are None.
 N tokens · R reads per token · S slots · D dims of a slot · n half-keys per side · K slots selected
 """
 import argparse
+import math
 import statistics
 import sys
 import time
@@ -39,8 +40,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import kernel
 from kernel import gather, gather_reference, topk_sums, topk_sums_brute_force, topk_sums_reference
+from memory import MemoryTable, RowAdam
 from support.machine import keep_freed_memory
-from support.table_adamw import adamw_bfloat16_
 from support.terminal import steady_output
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -306,11 +307,6 @@ def measure_gather(bench, S, D, N, R, dtype, hot=False):
             rows.append(bench.row(f"{name}, forward", forward, forward_bytes, inputs, way=name,
                                   backward=False, **what))
 
-    total = torch.randn(S, D, device=device)  # (S, D)
-
-    def gather_in_place(values, indices, weights):
-        return gather(values.detach(), indices, weights, total)
-    ways["ours, gradient added in place"] = gather_in_place
     values.requires_grad_()
     for name, way in ways.items():
         def forward_and_backward(indices, weights):
@@ -342,14 +338,14 @@ def measure_selection(bench, n, K, queries, dtype):
             bench.row("torch.topk", with_torch_topk, moved, inputs, **what)]
 
 
-def measure_adamw(bench, S, D, lookups):
-    """Optimizer steps of a table: torch's in float32, and ours in bfloat16. -> rows
+def measure_optimizer(bench, S, D, lookups):
+    """Optimizer steps of a table: torch's, and RowAdam with a dense gradient, as on a GPU. -> rows
 
     lookups: reads in a step. torch.optim.SparseAdam steps the rows that are read, and no others.
     """
     device = bench.device
-    print(f"AdamW on a table of {S} x {D}")
-    what = dict(operation="adamw", S=S, D=D)
+    print(f"optimizer step of a table of {S} x {D}")
+    what = dict(operation="optimizer", S=S, D=D)
     values = torch.randn(S, D, device=device)  # (S, D)
     grad = torch.randn(S, D, device=device)  # (S, D)
     rows = []
@@ -357,8 +353,8 @@ def measure_adamw(bench, S, D, lookups):
     # Value and two moments are read and written, the gradient is read: 7 numbers of 4 bytes.
     values.grad = grad
     adamw = torch.optim.AdamW([values], fused=True)
-    rows.append(bench.row("torch.optim, float32, fused", adamw.step, 28 * S * D, dtype="float32",
-                          **what))
+    rows.append(bench.row("torch.optim.AdamW, float32, fused", adamw.step, 28 * S * D,
+                          dtype="float32", way="AdamW", **what))
     del adamw
 
     read = torch.randint(S, (lookups,), device=device).unique()  # (rows that are read,)
@@ -366,26 +362,19 @@ def measure_adamw(bench, S, D, lookups):
     values.grad = torch.sparse_coo_tensor(read[None], grad[read], (S, D), is_coalesced=True)
     sparse_adam = torch.optim.SparseAdam([values])
     rows.append(bench.row(f"torch.optim.SparseAdam, the {share:.0%} of rows read", sparse_adam.step,
-                          28 * len(read) * D, dtype="float32", **what))
+                          28 * len(read) * D, dtype="float32", way="SparseAdam", **what))
     del sparse_adam
 
-    # Value and two moments in bfloat16 are read and written, the gradient in float32 is read and
-    # made zero: 3 x 2 x 2 + 2 x 4 = 20 bytes.
-    values = values.detach().bfloat16()  # (S, D)
-    exp_avg = torch.randn(S, D, device=device).bfloat16()  # (S, D)
-    exp_avg_sq = exp_avg.abs()  # (S, D)
-    is_compiled = is_gpu(device)
-
-    @torch.no_grad()
-    def step():
-        adamw_bfloat16_(values, grad, exp_avg, exp_avg_sq, step=10, lr=1e-3, beta1=0.9, beta2=0.99,
-                        compile=is_compiled)
-
-    def new_gradient():
-        grad.normal_()
-    how = "compiled" if is_compiled else "not compiled"
-    rows.append(bench.row(f"ours, bfloat16, rounded randomly, {how}", step, 20 * S * D,
-                          before=new_gradient, dtype="bfloat16", **what))
+    for dtype in (torch.float32, torch.bfloat16):
+        table = MemoryTable(math.isqrt(S), D, dtype).to(device)
+        optimizer = RowAdam([table], 1e-3)
+        table.values.grad = grad[:len(table.values)]
+        number = table.values.element_size()
+        name = str(dtype).removeprefix("torch.")
+        # The gradient is read twice, for its norm and for the step; the value is read and written.
+        rows.append(bench.row(f"ours, RowAdam, {name}, all rows", optimizer.step,
+                              (8 + 2 * number) * table.values.numel(), dtype=name,
+                              way="RowAdam", **what))
     return rows
 
 
@@ -406,7 +395,7 @@ def measure_all(bench, sizes):
     for dtype in dtypes:
         for n in sizes.half_keys:
             rows += measure_selection(bench, n, min(sizes.K, n), sizes.H * sizes.N, dtype)
-    rows += measure_adamw(bench, sizes.slots[1], sizes.dims[1], sizes.N * sizes.R)
+    rows += measure_optimizer(bench, sizes.slots[1], sizes.dims[1], sizes.N * sizes.R)
     return rows
 
 

@@ -15,7 +15,7 @@ D = 2048  # dims of a slot
 LAYERS = 3  # memory layers
 LOG2_SLOTS = (20, 22, 24, 26)
 GPUS = (2, 4, 8, 16, 32, 64)
-BYTES_HELD = 10  # per value in bfloat16: 2 and 2 + 2 for the moments, and 4 for the gradient
+BYTES_HELD = 6  # per value in bfloat16: 2, and 4 for the gradient
 GB = 1e9
 
 
@@ -55,7 +55,7 @@ def table():
     held = [BYTES_HELD * 2**k * D / GB for k in LOG2_SLOTS]
     lines.append(f"{'GB to hold':20s}" + "".join(f"{x:20.1f}" for x in held))
     lines.append("")
-    lines.append(f"To hold: {BYTES_HELD} bytes a value, with gradient and moments; "
+    lines.append(f"To hold: {BYTES_HELD} bytes a bfloat16 value, with its gradient; "
                  f"of a table in P slices each GPU holds a P-th.")
     return "\n".join(lines)
 

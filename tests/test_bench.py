@@ -86,9 +86,8 @@ def test_measure_gather(bench, hot, capsys):
     rows = bench_kernel.measure_gather(bench, 32, 8, 6, 4, torch.float32, hot)
     names = check_rows(rows, "gather")
     ways = ["ours", "F.embedding_bag", "indexing + einsum"]
-    both = [*ways, "ours, gradient added in place"]
     assert names == [f"{way}, forward" for way in ways] + [
-        f"{way}, forward + backward" for way in both]
+        f"{way}, forward + backward" for way in ways]
     assert len(capsys.readouterr().out.splitlines()) == 1 + len(rows)
 
 
@@ -97,22 +96,22 @@ def test_measure_selection(bench):
     assert check_rows(rows, "topk_sums") == ["ours", "torch.topk"]
 
 
-def test_measure_adamw(bench):
-    rows = bench_kernel.measure_adamw(bench, 32, 8, 24)
-    names = check_rows(rows, "adamw")
-    assert names[0] == "torch.optim, float32, fused"
+def test_measure_optimizer(bench):
+    rows = bench_kernel.measure_optimizer(bench, 32, 8, 24)
+    names = check_rows(rows, "optimizer")
+    assert names[0] == "torch.optim.AdamW, float32, fused"
     assert names[1].startswith("torch.optim.SparseAdam, the ")
-    assert names[2] == "ours, bfloat16, rounded randomly, not compiled"
+    assert names[2:] == ["ours, RowAdam, float32, all rows", "ours, RowAdam, bfloat16, all rows"]
 
 
 def test_whole_table_and_picture(bench, tmp_path):
     rows = bench_kernel.measure_all(bench, TINY)
-    # Three tables, one of them hot, with three ways forward and four backward; two selections with
-    # two ways; three optimizers. A table that is asked for twice is measured once.
+    # Four tables, two of them hot, with three ways forward and three backward; two selections with
+    # two ways; four optimizers. A table that is asked for twice is measured once.
     count = {}
     for row in rows:
         count[row["operation"]] = count.get(row["operation"], 0) + 1
-    assert count == {"gather": 4 * 7, "topk_sums": 2 * 2, "adamw": 3}
+    assert count == {"gather": 4 * 6, "topk_sums": 2 * 2, "optimizer": 4}
     picture = tmp_path / "kernel.png"
     bench_kernel.plot(rows, TINY, 10.0, "a machine", picture)
     assert picture.stat().st_size > 10_000

@@ -7,7 +7,7 @@ import torch
 
 import train
 from model import GPT, GPTConfig
-from support.checkpoint import load_checkpoint, save_checkpoint
+from support.checkpoint import load_checkpoint, load_same_run, save_checkpoint
 from support.machine import pick_device
 
 SMALL = dict(vocab_size=37, block_size=16, n_layer=3, n_head=2, n_embd=16)
@@ -29,8 +29,8 @@ def save(model, folder, /, **changes):
     state = dict(
         version=2,
         model={name: p for name, p in weights if not name.endswith(".values")},
-        tables=[dict(values=table.values.detach()) for table in model.tables],
-        slices=[], settings=settings, optimizer={}, step=3, seconds=1.0)
+        values=[table.values.detach() for table in model.tables],
+        slices=[], settings=settings, optimizers=[], step=3, seconds=1.0)
     torch.save(state | changes, folder / "ckpt.pt")
 
 
@@ -48,9 +48,10 @@ def test_load(kind, tmp_path):
         assert loaded.head.weight is loaded.wte.weight
 
 
-# ---- checkpoints that are older than some of the settings
+# ---- what save_checkpoint writes, and older checkpoints
 
-OLD_KINDS = KINDS | {"Memory+ in bfloat16": PLUS | dict(mem_dtype="bfloat16")}
+ALL_KINDS = KINDS | {"Memory+ in bfloat16": PLUS | dict(mem_dtype="bfloat16"),
+                     "Memory with AdamW": MEMORY | dict(table_optimizer="adamw")}
 TOKENS = torch.randint(37, (4, 17), generator=torch.Generator().manual_seed(0))
 
 
@@ -70,41 +71,7 @@ def take_step(model, optimizers):
     loss.backward()
     for optimizer in optimizers:
         optimizer.step()
-    optimizers[0].zero_grad()
-
-
-def old_layout(model, optimizers, s):
-    """A checkpoint by hand, without two settings -> (ckpt.pt without the tables, the tables)."""
-    settings = dataclasses.asdict(s)
-    del settings["backend"]
-    del settings["init_from"]
-    state = dict(
-        version=2,
-        model={name: p for name, p in model.state_dict().items() if not name.endswith(".values")},
-        optimizer=optimizers[0].state_dict(),
-        slices=[],
-        step=3,
-        seconds=1.5,
-        settings=settings)
-    tables = []
-    for table in model.tables:
-        moments = optimizers[1].state[table.values]
-        tables.append(dict(values=table.values.detach(), exp_avg=moments["exp_avg"],
-                           exp_avg_sq=moments["exp_avg_sq"]))
-    return state, tables
-
-
-def go_on(folder):
-    """The model and the optimizers of a checkpoint, as Trainer.go_on takes them."""
-    model, state = load_checkpoint(folder)
-    assert "backend" not in state["settings"]
-    s = train.Settings(**state["settings"])
-    assert s.backend == "auto"
-    optimizers, _ = train.make_optimizers(model, s)
-    optimizers[0].load_state_dict(state["optimizer"])
-    if model.tables:
-        optimizers[1].load(state["tables"], state["step"])
-    return model, optimizers, state
+        optimizer.zero_grad()
 
 
 def check_same_weights(got, want):
@@ -113,20 +80,37 @@ def check_same_weights(got, want):
         assert torch.equal(got.state_dict()[name], p), name
 
 
-@pytest.mark.parametrize("kind", OLD_KINDS.values(), ids=OLD_KINDS.keys())
-def test_an_old_checkpoint_loads_and_goes_on(kind, tmp_path):
+@pytest.mark.parametrize("kind", ALL_KINDS.values(), ids=ALL_KINDS.keys())
+def test_a_saved_run_goes_on(kind, tmp_path):
+    """The optimizers' state is there too: the next steps have the same bits."""
     model, optimizers, s = make_run(**kind)
-    state, tables = old_layout(model, optimizers, s)
-    torch.save(state | dict(tables=tables), tmp_path / "ckpt.pt")
-    loaded, loaded_optimizers, loaded_state = go_on(tmp_path)
-    assert loaded_state["step"] == 3
-    assert loaded_state["seconds"] == 1.5
+    settings = dataclasses.asdict(s)
+    del settings["backend"]  # as if the run were older than this setting
+    save_checkpoint(tmp_path, model, optimizers, 3, 1.5, settings)
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
+    loaded, state = load_checkpoint(tmp_path)
+    assert (state["step"], state["seconds"], state["line"]) == (3, 1.5, None)
     check_same_weights(loaded, model)
-    # The moments are there too: the next steps have the same bits.
+    loaded_optimizers, _ = train.make_optimizers(loaded, train.Settings(**state["settings"]))
+    for optimizer, saved in zip(loaded_optimizers, state["optimizers"]):
+        optimizer.load_state_dict(saved)
     for _ in range(2):
         take_step(model, optimizers)
         take_step(loaded, loaded_optimizers)
     check_same_weights(loaded, model)
+
+
+def old_layout(model, s):
+    """A checkpoint of a run whose tables AdamW trained -> (all but the tables, the tables)."""
+    state = dict(
+        version=2,
+        model={name: p for name, p in model.state_dict().items() if not name.endswith(".values")},
+        optimizer={}, slices=[], step=3, seconds=1.5, settings=dataclasses.asdict(s))
+    tables = []
+    for table in model.tables:
+        values = table.values.detach()
+        tables.append(dict(values=values, exp_avg=0.1 * values, exp_avg_sq=values.square()))
+    return state, tables
 
 
 def save_in_two_slices(state, tables, folder):
@@ -140,56 +124,29 @@ def save_in_two_slices(state, tables, folder):
     torch.save(state | dict(slices=names), folder / "ckpt.pt")
 
 
-def test_an_old_checkpoint_in_slices_loads_and_goes_on(tmp_path):
-    model, optimizers, s = make_run(**PLUS, mem_share=False)
-    save_in_two_slices(*old_layout(model, optimizers, s), tmp_path)
-    loaded, loaded_optimizers, _ = go_on(tmp_path)
+@pytest.mark.parametrize("in_slices", [False, True])
+@pytest.mark.parametrize("kind", [MEMORY, PLUS | dict(mem_dtype="bfloat16", mem_share=False)])
+def test_an_old_checkpoint_is_read_but_not_resumed(kind, in_slices, tmp_path):
+    model, _, s = make_run(**kind)
+    state, tables = old_layout(model, s)
+    if in_slices:
+        save_in_two_slices(state, tables, tmp_path)
+    else:
+        torch.save(state | dict(tables=tables), tmp_path / "ckpt.pt")
+    loaded, _ = load_checkpoint(tmp_path)
     check_same_weights(loaded, model)
-    take_step(model, optimizers)
-    take_step(loaded, loaded_optimizers)
-    check_same_weights(loaded, model)
+    s.out_dir = str(tmp_path)
+    with pytest.raises(ValueError, match="cannot be resumed: .*config.json names the commit that "
+                                         "can; start from its weights with --init-from"):
+        load_same_run(s, {}, "cpu", None)
 
 
 def test_a_missing_slice_is_named(tmp_path):
-    save_in_two_slices(*old_layout(*make_run(**PLUS)), tmp_path)
+    model, _, s = make_run(**PLUS)
+    save_in_two_slices(*old_layout(model, s), tmp_path)
     (tmp_path / "ckpt-3-1of2.pt").unlink()
     with pytest.raises(ValueError, match="ckpt-3-1of2.pt does not exist: bring ckpt.pt and"):
         load_checkpoint(tmp_path)
-
-
-# ---- what this version writes
-
-@pytest.mark.parametrize("kind", OLD_KINDS.values(), ids=OLD_KINDS.keys())
-def test_a_saved_checkpoint_has_the_old_layout(kind, tmp_path):
-    """Key for key, tensor for tensor: only the settings, and the last line, are more."""
-    model, optimizers, s = make_run(**kind)
-    save_checkpoint(tmp_path, model, optimizers, 3, 1.5, dataclasses.asdict(s))
-    assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
-    saved = torch.load(tmp_path / "ckpt.pt", weights_only=True)
-    state, tables = old_layout(model, optimizers, s)
-    want = state | dict(tables=tables)
-    assert saved.pop("line") is None
-    assert saved.keys() == want.keys()
-    assert saved.pop("settings") == dataclasses.asdict(s)
-    want.pop("settings")
-    assert_same(saved, want)
-
-
-def assert_same(got, want):
-    """Two nests of dicts and lists hold the same numbers."""
-    if isinstance(want, dict):
-        assert got.keys() == want.keys()
-        for key in want:
-            assert_same(got[key], want[key])
-    elif isinstance(want, (list, tuple)):
-        assert len(got) == len(want)
-        for g, w in zip(got, want):
-            assert_same(g, w)
-    elif torch.is_tensor(want):
-        assert got.dtype == want.dtype
-        assert torch.equal(got, want)
-    else:
-        assert got == want
 
 
 # ---- what is no checkpoint
@@ -281,7 +238,7 @@ def test_load_refuses_another_version(version, tmp_path):
 
 
 def test_load_runs_no_code(tmp_path):
-    save(make_model(), tmp_path, optimizer=Attack(tmp_path / "attacked"))
+    save(make_model(), tmp_path, optimizers=Attack(tmp_path / "attacked"))
     with pytest.raises(ValueError, match="is broken"):
         load_checkpoint(tmp_path)
     assert not (tmp_path / "attacked").exists()

@@ -594,13 +594,12 @@ def test_a_bfloat16_table_in_slices_is_taught(base, say, tables, tmp_path):
     run = tmp_path / "sliced"
     shutil.copytree(base / "memory", run)
     _, state = load_checkpoint(base / "memory")
-    table = {name: torch.cat(list(slices), dim=1) for name, slices in state["tables"][0].items()}
     names = ["ckpt-500-0of2.pt", "ckpt-500-1of2.pt"]
     for i, name in enumerate(names):
-        part = {key: x.chunk(2, dim=1)[i].bfloat16().clone() for key, x in table.items()}
-        torch.save(dict(tables=[part]), run / name)
+        part = state["values"][0].chunk(2, dim=1)[i].bfloat16().clone()
+        torch.save(dict(values=[part]), run / name)
     settings = state["settings"] | dict(mem_dtype="bfloat16")
-    torch.save(state | dict(slices=names, settings=settings, tables=[]), run / "ckpt.pt")
+    torch.save(state | dict(slices=names, settings=settings, values=[]), run / "ckpt.pt")
     assert sample.main([str(run), *map(str, tables), "--device", "cpu"]) == 0
     new, state = load_checkpoint(tables[-1])
     assert new.tables[0].values.dtype == torch.bfloat16 and state["slices"] == []

@@ -70,7 +70,7 @@ def test_kernels_and_operations(tmp_path):
     rows = run_here("operations", tmp_path)
     # Two dtypes: four tables, one of them with a hot slot as well, seven ways each; one selection
     # in two ways. Three optimizers.
-    assert len(rows) == 2 * (4 * 7 + 2) + 3
+    assert len(rows) == 2 * (4 * 6 + 2) + 4
     for row in rows:
         assert row["ms"] > 0
 

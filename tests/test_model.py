@@ -14,9 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_file
 import train
-from memory import Layer, MemoryTable
+from memory import Layer, MemoryTable, RowAdam
 from model import GPT, KINDS, MLP, GPTConfig, rotary, rotate, sample_token
-from support.table_adamw import TableAdamW
 
 SMALL = dict(vocab_size=37, block_size=16, n_layer=3, n_head=2, n_embd=16)
 MEMORY = dict(ffn="memory", mem_layers=(1,), mem_n_keys=6, mem_heads=2, mem_topk=3,
@@ -160,22 +159,22 @@ def test_bfloat16_tables_compile_without_graph_break():
     model = make_model(**PLUS | dict(n_layer=2, mem_layers=(0, 1), mem_dtype="bfloat16"))
     idx = tokens(2, 9)
     targets = tokens(9, 2).T
-    TableAdamW(list(model.tables), 1e-3, (0.9, 0.99))  # gives the tables their grad_sum
+    RowAdam(list(model.tables), 1e-3)  # gives the tables a gradient in float32
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     runs = []
     for net in (compiled, model):
-        for _ in range(2):  # the gradient adds up in place
+        for _ in range(2):  # gradients add up
             _, loss = net(idx, targets)
             loss.backward()
-        sums = [table.grad_sum.clone() for table in model.tables]
-        grads = [p.grad.clone() for p in model.parameters() if p.requires_grad]
-        assert all(total.norm() > 0 for total in sums)
-        runs.append([loss.detach(), *sums, *grads])
-        model.zero_grad()
+        grads = {name: p.grad.clone() for name, p in model.named_parameters()}
         for table in model.tables:
-            table.grad_sum.zero_()
-    for got, want in zip(*runs):
-        close(got, want)
+            assert table.values.grad.dtype == torch.float32
+            assert table.values.grad.norm() > 0
+        runs.append(dict(grads, loss=loss.detach()))
+        model.zero_grad()
+    for name, want in runs[1].items():
+        # A compiled backward rounds the gradient of a bfloat16 table before it is added up.
+        close(runs[0][name], want, 2**-8 if name.endswith(".values") else 1e-5)
 
 
 @pytest.mark.parametrize("kind", ["Memory", "Memory+"])

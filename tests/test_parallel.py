@@ -33,13 +33,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import train
-from memory import MemoryTable
+from memory import MemoryTable, RowAdam
 from model import GPT, GPTConfig
 from parallel_costs import parallel_bytes, replicated_bytes
 from support import ranks as support_ranks
 from support import settings
-from support.checkpoint import load_checkpoint, save_checkpoint
-from support.table_adamw import TableAdamW, columns
+from support.checkpoint import columns, load_checkpoint, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("few_reads")
 SMALL = dict(vocab_size=50, block_size=8, n_layer=3, n_head=2, n_embd=24,
@@ -75,10 +74,10 @@ def train_in_float64(name, rank, world, mesh):
     """
     model = make_model(name, mesh).double()
     s = train.Settings(learning_rate=1e-2, value_lr=5e-2, grad_clip=CLIP)
-    optimizers, others = train.make_optimizers(model, s)
     net = model
     if world > 1:
         net = DistributedDataParallel(model, init_sync=False)
+    optimizers, (others,) = train.make_optimizers(model, s)
     generator = torch.Generator().manual_seed(2)
     tokens = torch.randint(50, (STEPS, MICRO, 4, 9), generator=generator)  # (steps, micro, B, T+1)
     seen = []
@@ -93,14 +92,13 @@ def train_in_float64(name, rank, world, mesh):
             loss += part.item()
         dense = {name: p.grad.clone() for name, p in model.named_parameters()
                  if not name.endswith(".values")}
-        tables = [t.values.grad if t.grad_sum is None else t.grad_sum for t in model.tables]
-        tables = [grad.clone() for grad in tables]
+        tables = [table.values.grad.clone() for table in model.tables]
         dense_norm = torch.nn.utils.clip_grad_norm_(others, CLIP)
-        optimizers[0].step()
-        table_norm = optimizers[1].step()
-        optimizers[0].zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         seen.append(dict(loss=loss, dense=dense, tables=tables, dense_norm=dense_norm,
-                         table_norm=table_norm))
+                         table_norm=optimizers[1].norm))
     return dict(steps=seen, values=[table.values.detach() for table in model.tables])
 
 
@@ -120,8 +118,8 @@ def compiled_difference(mesh):
         x, y = torch.randint(50, (2, 2, 8), generator=generator)  # (B, T) both
         _, loss = net(x, y)
         loss.backward()
-        grads = [p.grad for p in model.parameters() if p.requires_grad]
-        results.append([loss.detach(), model.tables[0].grad_sum, *grads])
+        grads = [p.grad for p in model.parameters()]
+        results.append([loss.detach(), *grads])
     return max((eager - other).abs().max().item() for eager, other in zip(*results))
 
 
@@ -136,7 +134,7 @@ def bytes_sent():
 def measure_traffic(mesh, N=4096, R=32, D=64):
     """Bytes on the wire for one layer's forward and backward, mean over the ranks."""
     table = MemoryTable(32, D, mesh=mesh)  # 1,024 slots
-    TableAdamW([table], 1e-3, (0.9, 0.99))  # makes grad_sum
+    RowAdam([table], 1e-3)  # makes slices trainable
     slots = torch.randint(1024, (N, R))
     weights = torch.rand(N, R, requires_grad=True)
     grad = torch.randn(N, D)
@@ -183,7 +181,7 @@ def largest_tensor(mesh, folder):
         save_checkpoint(folder, model, optimizers, 1, 0.0, dataclasses.asdict(s))
         model, state = load_checkpoint(folder, mesh=mesh)
         optimizers, _ = train.make_optimizers(model, s)
-        optimizers[1].load(state["tables"], 1)
+        optimizers[1].load_state_dict(state["optimizers"][1])
         step(model, optimizers)
     return largest.numel, 128 * 128 * 64
 
@@ -231,8 +229,8 @@ def job_train_until_6(args):
 def job_train_compiled(args):
     """Compile, but not by the compiler for C++, which takes long: the graphs are the same.
 
-    Steps that count reads have a graph of their own, so that there are two. Both must be made in
-    the first three steps, which are not timed.
+    Steps that count reads have a graph of their own, so that there are two, and DDP cuts each where
+    it sends gradients. All must be made in the first three steps, which are not timed.
     """
     begun = []  # steps that have begun
     compiled_at = []  # for each graph, in which step it was made
@@ -249,7 +247,7 @@ def job_train_compiled(args):
     train.Trainer.step = step
     torch.compile = functools.partial(torch.compile, backend=backend)
     code = train.main(args)
-    assert len(compiled_at) == 2, compiled_at
+    assert len(set(compiled_at)) == 2, compiled_at
     assert max(compiled_at) <= 3 < len(begun), compiled_at
     return code
 

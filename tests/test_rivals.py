@@ -546,10 +546,10 @@ def test_a_table_that_cannot_be_cut_is_not(kind, data):
 
 def test_experts_have_a_rate_of_their_own():
     model = make("moe")
-    optimizers, others = train.make_optimizers(model, train.Settings(expert_lr=0.5))
+    optimizers, (clipped,) = train.make_optimizers(model, train.Settings(expert_lr=0.5))
     assert len(optimizers) == 1
     group = optimizers[0].param_groups[-1]
     assert group["peak"] == 0.5 and group["weight_decay"] == 0.1
     assert {id(p) for p in group["params"]} == {
         id(p) for name, p in model.named_parameters() if "experts_" in name}
-    assert len(others) == len(list(model.parameters()))
+    assert len(clipped) == len(list(model.parameters()))

@@ -95,7 +95,7 @@ def nanogpt_step(path, argv):
     run, step = trainer(["--ffn", "dense", *argv])
     run.model = NanoGPT(path, run.s).to(run.device)
     run.net = run.wrap()
-    run.optimizers, run.dense = train.make_optimizers(run.model, run.s)
+    run.optimizers, run.clipped = train.make_optimizers(run.model, run.s)
     return step
 
 
