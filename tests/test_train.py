@@ -276,9 +276,11 @@ def test_a_step_by_hand(micro, data):
     for name, p in model.named_parameters():
         assert not torch.equal(p, before[name]), name
         assert p.grad is None, name
-    for optimizer, peak in zip(trainer.optimizers, (trainer.s.learning_rate, trainer.s.value_lr)):
-        for group in optimizer.param_groups:
-            assert group["lr"] == pytest.approx(peak * train.schedule(3, trainer.s))
+    s = trainer.s
+    peaks = [[s.learning_rate, s.learning_rate, s.half_key_share * s.learning_rate], [s.value_lr]]
+    for optimizer, of_groups in zip(trainer.optimizers, peaks):
+        for group, peak in zip(optimizer.param_groups, of_groups, strict=True):
+            assert group["lr"] == pytest.approx(peak * train.schedule(3, s))
 
 
 def test_optimizer_groups_add_up(data):
@@ -519,7 +521,7 @@ def test_help_says_what_the_default_run_does(capsys):
     with pytest.raises(SystemExit):
         train.read_settings(["--help"])
     said = " ".join(capsys.readouterr().out.split())
-    for words in ("0: n_embd / 2 (16)", "Memory+ (False)", "memory table's values (0.16)"):
+    for words in ("0: n_embd / 2 (16)", "Memory+ (False)", "memory table's values (0.32)"):
         assert words in said
 
 

@@ -191,7 +191,7 @@ TABLE = [
     (other_tokens, INIT.replace("data/facts", "data/words"), "--init-from out/run: it was trained"),
     (no_step, TINY_TRAIN + " --init-from out/run --out-dir out/run", "holds a run already"),
     # A choice that there is not
-    (no_step, TINY_TRAIN + " --out-dir out/new --table-optimizer sgd", "choose adamw or row"),
+    (no_step, TINY_TRAIN + " --out-dir out/new --table-optimizer sgd", "choose row or adamw"),
     (no_step, TINY_TRAIN + " --out-dir out/new --mem-dtype int8", "choose float32 or bfloat16"),
     # A run that is there
     (no_step, RESUME + " --max-steps 999", "--init-from out/run --out-dir out/NAME"),
@@ -289,7 +289,7 @@ def test_every_number_at_its_edges(script, here, capfd):
         assert not works["-1"]
         # The first step of any learning rate is taken; the loss is nan after it.
         assert works[str(2**64)] == {"--grad-clip", "--learning-rate", "--value-lr",
-                                      "--expert-lr"}
+                                      "--expert-lr", "--half-key-share"}
 
 
 def test_grad_clip_0_is_off(here):
