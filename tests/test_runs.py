@@ -34,7 +34,7 @@ APPENDIX = (ROOT / "docs" / "appendix.md").read_text("utf-8")
 # Script: how many runs it makes.
 SCRIPTS = {"baselines.sh": 39, "names.sh": 18, "tune.sh": 44, "slots.sh": 27, "scaling.sh": 17,
            "deep.sh": 25, "balance.sh": 7, "variants.sh": 5, "bfloat16.sh": 6, "teach.sh": 3,
-           "table_optimizer.sh": 3,
+           "table_optimizer.sh": 21,
            "two_ranks.sh": 3, "tinystories.sh": 15,
            "own_facts.sh FACTS.tsv PATTERNS.tsv": 77, "text.sh STORIES.txt WEB.txt": 83}
 STUB = """#!/usr/bin/env bash
