@@ -459,8 +459,8 @@ TABLES = {
     "docs/results.md": [main_table, exposures_table, slots_table, names_table, own_table,
                         text_table, teach_table],
     "docs/appendix.md": [cost_table, scaling_table, reads_table, variants_table, bfloat16_table,
-                         row_table, row_tuning_table, usage_table, deep_table, deep_tuning_table, tuning_table,
-                         own_tuning_table, text_tuning_table],
+                         row_table, row_tuning_table, usage_table, deep_table, deep_tuning_table,
+                         tuning_table, own_tuning_table, text_tuning_table],
     "docs/speed.md": [steps_table],
     "docs/parallel.md": [ranks_table],
 }
