@@ -78,8 +78,8 @@ class Settings(GPTConfig):
                                     "Lower it when memory runs out", 0, 2**24)
     learning_rate: float = setting(3e-3, "peak rate, times linear warm-up and linear decay to 0",
                                    1e-30, 1e38)
-    half_key_share: float = setting(1.0, "the rate of the half-keys, as a share of learning_rate: "
-                                    "slots keep their meaning longer when it is low", 1e-30, 1e38)
+    half_key_share: float = setting(1.0, "the rate of the half-keys of --ffn memory, as a share "
+                                    "of learning_rate", 1e-30, 1e38)
     table_optimizer: str = setting("row", "row | adamw: what trains the memory table, "
                                    "RowAdam or AdamW (float32 alone)")
     value_lr: float = setting(5e-3, "the same for the memory table's values", 1e-30, 1e38)
