@@ -95,6 +95,7 @@ except ImportError as error:  # on Windows and macOS: everything works without i
 # Triton can interpret its kernels on the CPU: slowly, and right in float32 only.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
+BACKENDS = ("auto", "triton", "torch", "reference")
 _backend = "auto"
 
 
@@ -102,13 +103,15 @@ def backend(name=None):
     """Choose what the operations run on. Returns the choice that is in force.
 
     "auto": Triton on CUDA where it works, torch elsewhere. "triton", "torch": that one, everywhere.
-    None: leave the choice as it is. Raises ValueError for another name, and if "triton" cannot run.
+    "reference": the definitions, of which torch makes all kinds of derivatives, in more time and
+    memory. None: leave the choice as it is. Raises ValueError for another name, and if "triton"
+    cannot run.
     """
     global _backend
     if name is None:
         return _backend
-    if name not in ("auto", "triton", "torch"):
-        raise ValueError(f"backend {name!r} is not one of auto, triton, torch")
+    if name not in BACKENDS:
+        raise ValueError(f"backend {name!r} is not one of {', '.join(BACKENDS)}")
     if name == "triton":
         problem = triton_problem()
         if problem and triton is not None and not torch.cuda.is_available():
@@ -152,9 +155,9 @@ def describe_backend(device):
     if uses_triton(device):
         where = "interpreted on the CPU" if INTERPRETED else torch.cuda.get_device_name()
         return f"memory: Triton kernels ({where})"
-    if _backend == "torch":
-        why = "chosen by backend()"
-    elif triton is not None and torch.device(device).type != "cuda":
+    if _backend != "auto":
+        return f"memory: {_backend} (chosen by backend())"
+    if triton is not None and torch.device(device).type != "cuda":
         why = f"Triton needs a CUDA GPU, this is {device}"
     else:
         why = triton_problem() or "TRITON_INTERPRET is set"
@@ -652,7 +655,8 @@ def gather(values, indices, weights, sparse=False):
             f"indices {tuple(indices.shape)}, weights {tuple(weights.shape)}")
     weights = weights.to(torch.promote_types(values.dtype, torch.float32))  # (N, R)
     is_empty = values.numel() == 0 or indices.numel() == 0
-    if is_empty or values.device.type == "mps":  # mps lacks what gather_torch calls
+    # mps lacks what gather_torch calls.
+    if is_empty or values.device.type == "mps" or _backend == "reference":
         return gather_reference(values, indices, weights)  # (N, D)
     indices = indices.int().contiguous()  # (N, R)
     return gather_op(values.contiguous(), indices, weights.contiguous(), sparse)
@@ -719,6 +723,8 @@ def topk_sums(scores, K):
     """
     if not 1 <= K <= scores.shape[-1]:
         raise ValueError(f"K = {K} is not between 1 and the {scores.shape[-1]} half-keys")
+    if _backend == "reference":
+        return topk_sums_reference(scores, K)
     return topk_sums_op(scores, K)
 
 

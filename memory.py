@@ -14,7 +14,7 @@ touches R*D of them, R = heads * K: it adds memory, hardly any compute. Two idea
 
 To put a layer into a model of your own, copy this file and kernel.py:
 
-    table = MemoryTable(n_keys=128, dim=256)    # S = 16,384, D = 256; register it in your model
+    table = MemoryTable(n_keys=128, dim=256)    # S = 16,384, D = 256
     layer = ProductKeyMemory(256, table)        # C = 256: x (..., 256) -> (..., 256)
 
 Over several ranks the table is cut into slices along D: see "parallel memory" below. Other layers
@@ -68,36 +68,31 @@ def product_key_topk(queries, half_keys, K):
     return scores.transpose(0, 1), slots.transpose(0, 1)  # (N, H, K) both
 
 
-def unevenness(scores):
-    """How unevenly the half-keys are used: scores (2, H, N, n) -> a number >= 0, in nats.
-
-    log n minus the entropy of p, the mean over the tokens of softmax(scores): 0 if all half-keys
-    are used equally, log n if only one is. The softmax is over all n, so unread half-keys get a
-    gradient, too (the entropy loss of vector quantization, arXiv 2310.05737).
-    """
-    p = scores.float().softmax(dim=-1).mean(dim=2)  # (2, H, n)
-    return math.log(p.shape[-1]) - torch.special.entr(p).sum(dim=-1).mean()
-
-
 # ---- what they hold: the table
+
+TRAINABLE = (torch.float32, torch.bfloat16, torch.float64)
 
 
 class MemoryTable(nn.Module):
     """The values: S = n_keys**2 slots of `dim` numbers, shared by all layers that read them.
 
-    A layer does not own its table: register the table once in your model. Its values are a
-    parameter like any other, and any optimizer can train them. RowAdam, below, takes 8 bytes a
-    value where AdamW takes 16, and a step on a CPU costs the rows that were read. It also trains a
-    table in bfloat16 or in slices.
+    Register a table in your model before you give it to layers. If no module has it by then, it
+    becomes a part of the first layer that reads it. Its values are a parameter like any other, and
+    any optimizer can train them. RowAdam, below, takes 8 bytes a value where AdamW takes 16, and a
+    step on a CPU costs the rows that were read. It also trains a table in bfloat16 or in slices.
 
     mesh: a torch DeviceMesh ("replica", "slice") of several ranks. The P ranks along "slice" hold
     D/P dims of every slot each, and only RowAdam trains them. Raises ValueError if P does not
-    divide dim.
+    divide dim, or for a dtype that cannot be trained.
     std: of the values that init_weights draws, a number or a (dim,) tensor; default 1/sqrt(dim).
     """
 
     def __init__(self, n_keys, dim, dtype=torch.float32, mesh=None, std=None):
         super().__init__()
+        if dtype not in TRAINABLE:
+            raise ValueError(f"a table in {dtype} cannot be trained: make it in float32 or "
+                             f"bfloat16")
+        self.is_held = False  # whether a module has it, see note_holder
         self.std = dim**-0.5 if std is None else std
         self.n_keys = n_keys
         self.dim = dim  # D, of the whole table
@@ -123,7 +118,8 @@ class MemoryTable(nn.Module):
     def init_weights(self):
         """Normal. Whole rows are drawn, so that any slicing gets the same numbers."""
         for rows in self.values.split(4096):  # (<= 4096, D/P)
-            whole = torch.empty(len(rows), self.dim).normal_().mul_(self.std)  # (<= 4096, D)
+            whole = torch.empty(len(rows), self.dim).normal_()  # (<= 4096, D)
+            whole *= torch.as_tensor(self.std, device=whole.device)
             rows.copy_(whole[:, self.dims])
 
     def read(self, slots, weights):
@@ -183,6 +179,15 @@ class MemoryTable(nn.Module):
         return share, torch.xlogy(p, p * len(p)).sum().item()  # relative to uniform
 
 
+def note_holder(module, name, part):
+    """torch calls this whenever a module gets a part."""
+    if isinstance(part, MemoryTable):
+        part.is_held = True
+
+
+nn.modules.module.register_module_module_registration_hook(note_holder)
+
+
 # ---- the interface to a GPT: skip it at first
 
 
@@ -197,13 +202,11 @@ class Layer(nn.Module):
 
     Besides its forward, a layer describes itself to the model, the optimizer and the pictures. The
     defaults suit a layer made of plain matrices; a kind of layer overrides what differs. It must
-    have from_config and init_weights. A layer with a table sets self.tables and self.reads, and
+    have from_config and init_weights. A layer with a table calls use_table, sets self.reads, and
     reads with table.read, or calls table.count_reads.
     """
 
-    # [its MemoryTable], if it reads one. The list hides it from nn.Module: the table is registered
-    # once, by the whole model.
-    tables = ()
+    tables = ()  # [its MemoryTable], if it reads one
     heads = 1  # H
     reads = 0  # R, the rows of the table that a token reads
     reads_are_rows = True  # False: a row is read in several ways, and cannot be shown as a slot
@@ -211,6 +214,12 @@ class Layer(nn.Module):
     can_be_sliced = False  # whether its table can be cut into slices over ranks
     balance = None  # after a forward in training: a loss that keeps the use of its parts even
     balance_weight = 0.0  # how much of that the model adds to its loss
+
+    def use_table(self, table):
+        """Read this table. If no module has it yet, it becomes a part of this one."""
+        if not table.is_held:
+            self.own_table = table
+        self.tables = [table]  # the list hides it from nn.Module
 
     @property
     def table(self):
@@ -285,16 +294,12 @@ class ProductKeyMemory(Layer):
     Memory+   Memory with gate and qk_norm
 
     dim: C. table: a MemoryTable, which several layers may share. key_dim: of both halves together,
-    default C/2. gate_open: the gate has a bias, and starts at 1 for every x. balanced: keep in
-    self.balance how uneven the half-keys were in the last forward of training. Raises ValueError
-    for sizes that cannot work.
+    default C/2. Raises ValueError for sizes that cannot work.
     """
 
-    OPEN = 1.2784645  # silu(OPEN) = 1
     can_be_sliced = True
 
-    def __init__(self, dim, table, heads=4, topk=32, key_dim=None, gate=True, qk_norm=True,
-                 gate_open=False, balanced=False):
+    def __init__(self, dim, table, heads=4, topk=32, key_dim=None, gate=True, qk_norm=True):
         super().__init__()
         key_dim = dim // 2 if key_dim is None else key_dim
         if heads < 1:
@@ -310,26 +315,19 @@ class ProductKeyMemory(Layer):
         self.reads = heads * topk  # R
         self.half_dim = key_dim // 2  # d
         self.qk_norm = qk_norm
-        self.balanced = balanced
         self.query = nn.Linear(dim, heads * key_dim, bias=False)  # weight (H*2d, C)
         half_keys = torch.empty(2, heads, table.n_keys, self.half_dim)  # (2, H, n, d)
         self.half_keys = nn.Parameter(half_keys)
-        self.gate = nn.Linear(dim, table.dim, bias=gate_open) if gate else None  # W1 (D, C)
+        self.gate = nn.Linear(dim, table.dim, bias=False) if gate else None  # W1 (D, C)
         needs_out = gate or table.dim != dim
         self.out = nn.Linear(table.dim, dim, bias=False) if needs_out else None  # W2 (C, D)
-        self.tables = [table]
+        self.use_table(table)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self):
-        """Half-keys U(-b, b) with b = 1/sqrt(key dim). With gate_open, the gate is 1 for every x.
-
-        Other matrices are as nn.Linear draws them.
-        """
+        """Half-keys U(-b, b) with b = 1/sqrt(key dim). nn.Linear draws the other matrices."""
         self.half_keys.uniform_(-1, 1).mul_((2 * self.half_dim) ** -0.5)  # (2, H, n, d)
-        if self.gate is not None and self.gate.bias is not None:
-            self.gate.weight.zero_()  # (D, C)
-            self.gate.bias.fill_(self.OPEN)  # (D,)
 
     def search(self, x):
         """Which slots each token reads, and how much of each.
@@ -342,8 +340,6 @@ class ProductKeyMemory(Layer):
             d = self.half_dim
             queries = F.rms_norm(queries, (d,)) / math.sqrt(d)  # (N, H, 2, d)
             keys = F.rms_norm(keys, (d,))  # (2, H, n, d)
-        if self.balanced and self.training:  # makes the half-scores a second time
-            self.balance = unevenness(half_key_scores(queries, keys))
         scores, slots = product_key_topk(queries, keys, self.topk)  # (N, H, K) both
         return slots, scores.softmax(dim=-1)
 
@@ -368,8 +364,6 @@ class ProductKeyMemory(Layer):
         if config.key_dim() < 2 or config.key_dim() % 2:
             raise ValueError(f"--mem-key-dim {config.key_dim()} is not an even number >= 2: "
                              f"a key is two halves, set --mem-key-dim")
-        if config.mem_gate_open and not config.mem_gate:
-            raise ValueError("--mem-gate-open goes with --mem-gate: add that, or leave it out")
 
     @classmethod
     def make_table(cls, config, mesh=None):
@@ -378,11 +372,8 @@ class ProductKeyMemory(Layer):
 
     @classmethod
     def from_config(cls, config, block, table):
-        layer = cls(config.n_embd, table, config.mem_heads, config.mem_topk, config.key_dim(),
-                    gate=config.mem_gate, qk_norm=config.qk_norm, gate_open=config.mem_gate_open,
-                    balanced=config.mem_balance > 0)
-        layer.balance_weight = config.mem_balance
-        return layer
+        return cls(config.n_embd, table, config.mem_heads, config.mem_topk, config.key_dim(),
+                   gate=config.mem_gate, qk_norm=config.qk_norm)
 
     @classmethod
     def label(cls, config):
@@ -390,9 +381,9 @@ class ProductKeyMemory(Layer):
         return f"{name}, {config.mem_n_keys ** 2:,} slots"
 
     def init_weights(self, divisor):
-        """The matrices; half-keys, and a gate that starts open, stay as they were drawn."""
+        """The matrices. Half-keys stay as they were drawn."""
         draw_matrix(self.query.weight)
-        if self.gate is not None and self.gate.bias is None:
+        if self.gate is not None:
             draw_matrix(self.gate.weight)
         if self.out is not None:
             draw_matrix(self.out.weight, divisor)
@@ -433,7 +424,7 @@ class RowAdam(torch.optim.Optimizer):
         self.norm = None
         for table in self.tables:
             p = table.values  # (S, D/P)
-            if p.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+            if p.dtype not in TRAINABLE:
                 raise ValueError(f"RowAdam trains no table in {p.dtype}: make it in float32 or "
                                  f"bfloat16")
             p.requires_grad_(True)

@@ -67,13 +67,10 @@ class GPTConfig:
     mem_key_dim: int = setting(0, "full key dim, two halves; 0: n_embd / 2", 0, 2**16)
     mem_value_dim: int = setting(0, "D; 0: n_embd", 0, 2**16)
     mem_gate: bool = setting(True, "out = W2 (y * silu(W1 x)), Memory+")
-    mem_gate_open: bool = setting(False, "a gate with a bias that starts at 1: silu(W1 x + b)")
     mem_share: bool = setting(True, "one table for all memory layers")
     mem_dtype: str = setting("float32", "float32 | bfloat16: the table's values; "
                              "to train one takes 16 or 10 bytes a value")
     qk_norm: bool = setting(True, "RMS-norm on query halves and half-keys")
-    mem_balance: float = setting(0.0, "weight of a loss that keeps the use of half-keys even, "
-                                 "for a table of which little is used; try 0.01", 0, 1e9)
     moe_experts: int = setting(0, "E experts, with as many weights in all as the memory layer's "
                                "table; 0: as many as mem_n_keys, at least 128", 0, 2**16)
     moe_topk: int = setting(0, "K experts per token; 0: as many as the MLP's FLOPs allow",

@@ -48,7 +48,7 @@ from support import edit, look
 from support.checkpoint import load_checkpoint
 from support.data_folder import is_facts
 from support.fields import flag
-from support.machine import explain, pick_device
+from support.machine import explain, pick_device, put_back
 from support.recall import numbers_about, plain_text, read_facts
 
 
@@ -246,7 +246,7 @@ def make_parser():
                         "values, or the whole model")
     parser.add_argument("--out", metavar="NEW", help="run folder that --teach and --forget make")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    parser.add_argument("--backend", default="auto", choices=["auto", "triton", "torch"],
+    parser.add_argument("--backend", default="auto", choices=kernel.BACKENDS,
                         help="what the memory operations run on")
     for name, number in NUMBERS.items():
         help = number.help
@@ -317,6 +317,7 @@ def show_memory(model, tok, about, args):
     look.show_memory(model, tok, prompts, about, args)
 
 
+@put_back()
 def main(argv=None):
     """The command line -> the exit status. What the user can fix is one line on stderr."""
     try:

@@ -83,8 +83,6 @@ class Settings(GPTConfig):
     table_optimizer: str = setting("row", "row | adamw: what trains the memory table, "
                                    "RowAdam or AdamW (float32 alone)")
     value_lr: float = setting(5e-3, "the same for the memory table's values", 1e-30, 1e38)
-    value_lr_end: float = setting(1.0, "extra linear decay of the values' rate, to this share "
-                                  "of its peak; UltraMem: 0.25", 0, 1)
     expert_lr: float = setting(3e-3, "the same for the experts of --ffn moe", 1e-30, 1e38)
     weight_decay: float = setting(0.1, "on matrices; "
                                   "not on embeddings, norms, half-keys and values", 0, 1e9)
@@ -98,7 +96,8 @@ class Settings(GPTConfig):
     eval_every: int = setting(1000, "steps between evaluations and checkpoints", 1, MANY)
     eval_windows: int = setting(2048, "validation windows per evaluation", 1, MANY)
     device: str = setting("auto", "auto | cpu | cuda | mps")
-    backend: str = setting("auto", "auto | triton | torch: what the memory operations run on")
+    backend: str = setting("auto", "auto | triton | torch | reference: what the memory operations "
+                           "run on")
     mem_parallel: int = setting(0, "ranks that share a table, each holding some of its dims; "
                                 "0: all ranks; 1: each holds the whole", 0, MANY)
     compile: bool = setting(None, "torch.compile; default: with CUDA")
@@ -192,11 +191,10 @@ def shuffled(windows, seed, epoch):
 
 # ---- optimizers
 
-def schedule(step, s, end=1.0):
-    """The factor on a peak learning rate: warm-up * linear decay to 0 * linear decay to `end`."""
+def schedule(step, s):
+    """The factor on a peak learning rate: linear warm-up * linear decay to 0."""
     warmup = min(1, (step + 1) / max(s.warmup_steps, 1))
-    done = step / s.max_steps
-    return warmup * (1 - done) * (1 - (1 - end) * done)
+    return warmup * (1 - step / s.max_steps)
 
 
 def make_optimizers(model, s):
@@ -220,9 +218,9 @@ def make_optimizers(model, s):
         optimizers.append(torch.optim.AdamW(values, lr=s.value_lr, betas=betas, weight_decay=0.0,
                                             fused=True))
         clipped.append(values)
-    for optimizer, end in zip(optimizers, (1.0, s.value_lr_end)):
+    for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group.update(peak=group["lr"], end=end)  # for set_learning_rates
+            group["peak"] = group["lr"]  # for set_learning_rates
     return optimizers, clipped
 
 
@@ -230,7 +228,7 @@ def set_learning_rates(optimizers, step, s):
     """Give every group its rate for this step."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * schedule(step, s, group["end"])
+            group["lr"] = group["peak"] * schedule(step, s)
 
 
 def largest_norm(s):

@@ -6,8 +6,7 @@ import statistics
 
 import numpy as np
 
-from results import (DENSE, EXPERTS, SLOTS, TEXT, TEXTS, TWICE, read, recall_at, seeds, share_lost,
-                     text_time, values)
+from results import (DENSE, EXPERTS, SLOTS, TEXT, TEXTS, TWICE, recall_at, seeds, text_time, values)
 
 STYLE = {
     "font.size": 12,
@@ -188,59 +187,13 @@ def draw_scaling(runs, figure):
     axes[1, 0].set_ylabel("validation loss")
 
 
-def draw_teaching(runs, figure):
-    """What is lost when facts are taught, over the number of slots that may learn."""
-    ax = figure.subplots()
-    taught = read("teach")
-
-    def columns(name):
-        return [share_lost(lesson) for lesson in seeds(taught, f"teach-{name}")]
-
-    slots = [512, 1024, 2048, 4096, 8192]
-    draw_line(ax, slots, [columns(f"slots-{n}") for n in slots], "Values of some slots", GREEN,
-              "o-")
-    ends = [slots[0], slots[-1]]
-    draw_line(ax, ends, [columns("all-values-3")] * 2, "All values", BLUE, "--")
-    draw_line(ax, ends, [columns("full-1e-4")] * 2, "The whole model", ORANGE, "-.")
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(slots, [f"{n:,}" for n in slots])
-    ax.set_yscale("log")
-    ax.set_yticks([0.01, 0.1, 1], ["1%", "10%", "100%"])
-    ax.set_ylim(0.002, 1)
-    ax.set_xlabel("slots that may learn")
-    ax.set_ylabel("old facts lost")
-    ax.set_title("What do 100 new facts cost?", loc="left")
-    ax.legend(loc="center right")
-
-
-def draw_usage(runs, figure):
-    """How a step reads a table of 262,144 slots: how much of it, how unevenly. Seed 1."""
-    kinds = {
-        "facts-n512-1": ("Without the loss", GREEN, "-"),
-        "balance-1e-2-1": ("With it, weight 0.01", PURPLE, "--"),
-        "balance-1e-1-1": ("With it, weight 0.1", ORANGE, ":"),
-    }
-    panels = {"usage": "Share of the slots that a step reads", "kl": "KL"}
-    used = read("usage")
-    axes = figure.subplots(1, 2)
-    for ax, (key, title) in zip(axes, panels.items()):
-        for name, (label, color, style) in kinds.items():
-            ax.plot(used[name]["steps"], used[name][key], style, color=color, lw=2, label=label)
-        ax.set_xlabel("step")
-        ax.set_title(title, loc="left")
-        ax.set_ylim(0)
-    axes[0].legend(loc="lower right")
-
-
 # File: what draws it, and its width and height in inches.
 PICTURES = {
     "facts.png": (draw_facts, 6, 4.5),
     "slots.png": (draw_slots, 6, 4.5),
     "own_facts.png": (draw_own, 10, 4.5),
     "text.png": (draw_text, 10, 4.5),
-    "teach.png": (draw_teaching, 6, 4.5),
     "scaling.png": (draw_scaling, 10, 7),
-    "usage.png": (draw_usage, 10, 4),
 }
 
 

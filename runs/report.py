@@ -16,7 +16,7 @@ import statistics
 import sys
 
 from pictures import PICTURES, draw
-from results import (DEEP, DENSE, EXPERTS, MAIN, OWN, RATES, ROOT, SLOTS, TEXT, TEXTS, TWICE,
+from results import (DENSE, EXPERTS, MAIN, OWN, RATES, ROOT, SLOTS, TEXT, TEXTS, TWICE,
                      collect, dense_for_as_long, mean, read, recall_at, seeds, share_lost, spread,
                      text_time, training_time, values)
 
@@ -147,13 +147,6 @@ def scaling_table(runs):
     return markdown(["", *SIZES], rows)
 
 
-def deep_table(runs):
-    """Models of 8 blocks beside those of three."""
-    kinds = {f"{title}, 3 blocks": MAIN[title] for title in ("dense", "Memory", "Memory+")} | DEEP
-    rows = [[title, *of_size(runs, kind)] for title, kind in kinds.items()]
-    return markdown(["", *SIZES], rows)
-
-
 # ---- other data
 
 # Beginning of the names of the runs of runs/names.sh: an example.
@@ -257,13 +250,7 @@ def teach_table(runs):
 
 # ---- one question each
 
-# Weight of the loss against uneven use (runs/balance.sh): its runs.
-BALANCE = {
-    "0": ["facts-n512-1", "facts-n512-2", "facts-n512-3"],
-    "0.01": ["balance-1e-2-1", "balance-1e-2-2", "balance-1e-2-3"],
-    "0.1": ["balance-1e-1-1"],
-}
-# Flags besides --seed 1 (runs/variants.sh): the run.
+# Flags besides --seed 1: the run.
 VARIANTS = {
     "the default": "facts-memory-1",
     "`--mem-heads 2 --mem-topk 64`": "variant-h2-k64",
@@ -274,22 +261,6 @@ VARIANTS = {
     "`--qk-norm`": "variant-qknorm",
     "`--mem-gate --qk-norm` (Memory+)": "tune-plus-3e-3-1.6e-1",
 }
-
-
-def usage_table(runs):
-    """What a loss against uneven use changes, by its weight."""
-    rows = []
-    for weight, names in BALANCE.items():
-        row = [weight, str(len(names))]
-        for key, digits in (("recall", 3), ("val_loss", 3), ("memory_usage", 3), ("memory_kl", 2)):
-            numbers = [runs[name][key] for name in names]
-            if len(numbers) == 1:
-                row.append(f"{numbers[0]:.{digits}f}")
-            else:
-                row.append(spread(numbers, digits))
-        rows.append(row)
-    return markdown(["weight of the loss", "seeds", "facts recalled", "validation loss",
-                     "share of the slots that a step reads", "KL"], rows)
 
 
 def reads_table(runs):
@@ -304,14 +275,6 @@ def variants_table(runs):
             for flags, name in VARIANTS.items()]
     return markdown(["`python train.py --seed 1 --out-dir out/NAME` with", "NAME",
                      "facts recalled"], rows)
-
-
-def bfloat16_table(runs):
-    kinds = {"float32": "facts-plus-6.4e-1", "bfloat16": "facts-bf16"}
-    columns = ["facts recalled", "validation loss"]
-    rows = [[title, *spreads(runs, kind, columns), time(runs, kind)]
-            for title, kind in kinds.items()]
-    return markdown(["table held in", *columns, "training time"], rows)
 
 
 # Slots: the runs with AdamW, those with RowAdam.
@@ -356,6 +319,27 @@ def row_tuning_table(runs):
     return markdown(["", "seed 1", "seed 2", "seed 3"], rows)
 
 
+# What it shows: (kind, the kind to compare it with).
+OLDER = {
+    "8 blocks: Memory, one layer / dense": ("deep-memory", "deep-dense"),
+    "8 blocks: Memory, three layers that share a table / one layer": ("deep-three", "deep-memory"),
+    "8 blocks: Memory+ / Memory, three layers each": ("deep-plus", "deep-three"),
+    "Memory+, table in bfloat16 / in float32": ("facts-bf16", "facts-plus-6.4e-1"),
+    "262,144 slots, with a loss against uneven use / without": ("balance-1e-2", "facts-n512"),
+}
+
+
+def older_table(runs):
+    """Studies whose scripts are gone, two kinds in a row."""
+    rows = []
+    for title, kinds in OLDER.items():
+        row = [title]
+        for key in ("recall", "val_loss"):
+            row.append(" / ".join(spread(values(runs, kind, key), 3) for kind in kinds))
+        rows.append(row)
+    return markdown(["", "facts recalled", "validation loss"], rows)
+
+
 def ranks_table(runs):
     rows = []
     for title, kind in (("one process", "facts-memory"), ("two processes", "facts-2ranks")):
@@ -383,14 +367,6 @@ SECOND_RATE = {"MoE": "expert_lr", "hash": "value_lr", "PEER": "value_lr", "Ultr
                "Memory": "value_lr", "Memory+": "value_lr"}
 # Kinds of the sweep.
 TUNED = DENSE | {title: MAIN[title] for title in SECOND_RATE}
-# runs/deep.sh has seed 1 alone of these.
-DEEP_PARTS = {
-    "Memory+ with a gate that starts open": "deep-open",
-    "Memory+ without the gate": "deep-norm",
-    "Memory+ without the norm": "deep-gate",
-}
-
-
 def tuned(runs, kind):
     """Seed 1 of a kind, and the runs that differ from it in their rates alone."""
     swept = re.compile(f"tune-{kind.removeprefix('facts-')}-" + r"\d")
@@ -424,14 +400,6 @@ def tuning_table(runs):
     return markdown(TUNING, rows)
 
 
-def deep_tuning_table(runs):
-    rows = tuning_rows(runs, "dense, 8 blocks", "deep-dense", None)
-    for title, kind in (DEEP | DEEP_PARTS).items():
-        if kind != "deep-dense":
-            rows += tuning_rows(runs, title, kind, "value_lr")
-    return markdown(TUNING, rows)
-
-
 def own_tuning_table(runs):
     rows = []
     for tokens in ("words", "bytes"):
@@ -458,9 +426,9 @@ TABLES = {
     "README.md": [short_table],
     "docs/results.md": [main_table, exposures_table, slots_table, names_table, own_table,
                         text_table, teach_table],
-    "docs/appendix.md": [cost_table, scaling_table, reads_table, variants_table, bfloat16_table,
-                         row_table, row_tuning_table, usage_table, deep_table, deep_tuning_table,
-                         tuning_table, own_tuning_table, text_tuning_table],
+    "docs/appendix.md": [cost_table, scaling_table, reads_table, row_table, row_tuning_table,
+                         tuning_table, own_tuning_table, text_tuning_table, variants_table,
+                         older_table],
     "docs/speed.md": [steps_table],
     "docs/parallel.md": [ranks_table],
 }

@@ -2,7 +2,6 @@
 
     facts.json    the result.json of each run, under the name of its folder
     teach.json    what runs/teach.sh found
-    usage.json    how the runs of runs/balance.sh with seed 1 read their tables over training
     steps.json    how long a step of each model takes: tests/time_steps.py --study --json ...
     text_steps.json    the same for the models of runs/text.sh
 
@@ -15,8 +14,6 @@ import re
 import statistics
 import sys
 from pathlib import Path
-
-import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -61,13 +58,6 @@ EXPERTS = {
     "MoE": "facts-moe",
     "MoE, as 65,536 slots": "facts-moe-n256",
 }
-# runs/deep.sh
-DEEP = {
-    "dense, 8 blocks": "deep-dense",
-    "Memory, one layer of 8": "deep-memory",
-    "Memory, three layers of 8": "deep-three",
-    "Memory+, three layers of 8": "deep-plus",
-}
 # runs/own_facts.sh: each on a corpus with a token for each word, and on one with bytes
 OWN = {"dense": "dense", "MoE": "moe", "hash": "hash", "Memory": "memory"}
 # runs/text.sh: each on two texts
@@ -83,16 +73,16 @@ TEXT = {
     "Memory+" + TWICE: "plus-long",
 }
 # Kind -> title of its model in steps.json
-STEP_OF = {kind: title for title, kind in (MAIN | DENSE | EXPERTS | DEEP).items()}
+STEP_OF = {kind: title for title, kind in (MAIN | DENSE | EXPERTS).items()}
 STEP_OF |= {kind: f"Memory, {slots} slots" for slots, kind in SLOTS.items()}
 STEP_OF |= {
     "facts-memory": "Memory",
     "facts-dense-long": "dense",
     "facts-k8": "Memory, K = 8",
-    "facts-plus-6.4e-1": "Memory+",
-    "facts-bf16": "Memory+, bfloat16",
-    "balance-1e-2": "Memory, 262,144 slots, balanced",
 }
+# Runs whose scripts are gone: the beginning of their names. The scripts are in the commit e935677.
+RETIRED = ("deep-", "balance-", "variant-", "facts-bf16-", "facts-plus-6.4e-1-",
+           "tune-ultramem-end-")
 # The learning rates: of all, of a table, of experts
 RATES = ("learning_rate", "value_lr", "expert_lr")
 
@@ -112,8 +102,6 @@ def collect(out=ROOT / "out"):
     sources = [
         ("facts", "*/result.json", read_result),
         ("teach", "teach-*/edit.json", read_lesson),
-        ("usage", "facts-n512-1/result.json", read_usage),
-        ("usage", "balance-*-1/result.json", read_usage),
     ]
     names = set()
     for name, pattern, read_run in sources:
@@ -142,20 +130,6 @@ def read_lesson(run):
     lesson = json.loads((run / "edit.json").read_text("utf-8"))["teach"]
     lesson["after"]  # KeyError if nothing was taught
     return lesson
-
-
-def read_usage(run):
-    """How a run reads its table: single steps during training, many windows at the end."""
-    lines = (run / "log.jsonl").read_text("utf-8").splitlines()
-    log = [json.loads(line) for line in lines]
-    with np.load(run / "reads.npz") as reads:
-        readers = reads["readers_0"]
-        windows = int(reads["windows"])
-    return dict(steps=[line["step"] for line in log],
-                usage=[line["memory_usage"] for line in log],
-                kl=[line["memory_kl"] for line in log],
-                windows=windows,
-                read_by_windows=float((readers > 0).mean()))
 
 
 # ---- the numbers of a kind

@@ -55,7 +55,7 @@ def ablate(model, args):
 
 def read_as_often(model, chosen, args):
     """For each table, as many other slots as chosen, which about as many windows read."""
-    readers = load_readers(args.run, model).readers
+    _, readers = load_readers(args.run, model)
     generator = torch.Generator().manual_seed(args.seed)
     others = []
     for counts, slots in zip(readers, chosen):
@@ -193,7 +193,7 @@ def teach_model(model, sentences, windows, text_reads, args):
     slots: SGD on the values of the --slots slots that the sentences of the text read far more than
     the training text does, chosen anew for each step; all else is frozen (arXiv 2510.15103).
     all-values: SGD on all values. full: AdamW on all that the model has.
-    text_reads: from load_readers, for slots.
+    text_reads: what load_readers returns, for slots.
     """
     # The sentences that are trained on, of all facts.
     rows = np.concatenate([f + np.arange(n) for f, n in zip(sentences.first, sentences.trained)])
@@ -235,7 +235,7 @@ def answer_weights(sentences, rows, T):
 @torch.no_grad()
 def keep_gradient_of_best(model, windows, text_reads, count):
     """Zero the gradient of all values but those of the best `count` slots of these windows."""
-    for table, score in zip(model.tables, slot_scores(model, windows, text_reads)):
+    for table, score in zip(model.tables, slot_scores(model, windows, *text_reads)):
         best = score.topk(min(count or max(len(score) // 4, 1), len(score))).indices  # (count,)
         rest = torch.ones(len(score), dtype=torch.bool, device=table.values.device)
         rest[best.to(rest.device)] = False

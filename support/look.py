@@ -1,7 +1,6 @@
 """Inspect a memory: what a prompt reads, a slot's biography, the map of slots, a page to browse."""
 import json
 import sys
-import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +25,7 @@ def slots_mixed(weights):
 
 
 def show_memory(model, tok, prompts, about, args):
-    """Print which slots each token of a prompt reads, and draw it. With --html as a page, too.
+    """Print which slots each token of a prompt reads. With --html as a page, too.
 
     prompts: the tokens of each, lists of int. With several of them, how many slots they share.
     """
@@ -49,15 +48,6 @@ def show_memory(model, tok, prompts, about, args):
         page = page_of(model, tok, layers, words, args)
         Path(args.html).write_text(page, "utf-8")
         print(f"written: {args.html}, to be opened in a browser")
-    first = layers[0]
-    last = first._replace(slots=first.slots[-TOKENS_DRAWN:], weights=first.weights[-TOKENS_DRAWN:])
-    picture = Path(args.run) / "memory.png"
-    draw_reads(last, words[-TOKENS_DRAWN:], model.tables[first.table].n_keys, picture)
-    print(f"drawn: {picture}")
-
-
-# The picture shows so many tokens, the last ones of the text.
-TOKENS_DRAWN = 16
 
 
 def spelling(tok, i):
@@ -105,46 +95,6 @@ def shared_table(reads, others, words, prompts):
     return "\n".join(lines)
 
 
-def new_figure(width, height):
-    """A figure that needs no display. matplotlib takes a while to import, so only pictures do."""
-    from matplotlib.figure import Figure
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def draw_reads(reads, words, n, path):
-    """A picture: tokens from top to bottom, heads from left to right, each with the grid of slots.
-
-    A slot is a point, as large as its weight: its row is its left half-key of n, its column its
-    right one.
-    """
-    T, H, K = reads.slots.shape
-    mixed = slots_mixed(reads.weights)  # (T, H)
-    figure = new_figure(2 * H + 1, 2 * T + 1)
-    axes = figure.subplots(T, H, squeeze=False)
-    for t in range(T):
-        for h in range(H):
-            ax = axes[t][h]
-            slots = reads.slots[t, h]  # (K,)
-            sizes = (300 * reads.weights[t, h]).clamp(min=4)  # (K,): in points, all to be seen
-            ax.scatter((slots % n).numpy(), (slots // n).numpy(), color="#2b8a5a", alpha=0.6,
-                       s=sizes.numpy(), lw=0)
-            margin = n / 30
-            ax.set(xlim=(-margin, n - 1 + margin), ylim=(n - 1 + margin, -margin), xticks=[],
-                   yticks=[], aspect="equal")
-            best = slots[reads.weights[t, h].argmax()].item()
-            ax.set_title(f"slot {best}, mixes {mixed[t, h]:.0f} of {K}", fontsize=8)
-        axes[t][0].set_ylabel(words[t], fontsize=12, parse_math=False)
-    for h in range(H):
-        axes[-1][h].set_xlabel(f"head {h}", fontsize=12)
-    axes[0][0].set_yticks([0, n - 1])
-    axes[-1][0].set_xticks([0, n - 1])
-    figure.suptitle(f"What block {reads.block} reads, and which slot has the largest weight\n"
-                    f"(row: left half-key, column: right half-key)", fontsize=11)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # such letters become boxes
-        figure.savefig(path, dpi=80)
-
-
 # ---- a slot, and all slots
 
 def draw_map(model, tok, about, args):
@@ -153,7 +103,8 @@ def draw_map(model, tok, about, args):
     n = model.tables[args.table].n_keys
     share = readers[args.table].view(n, n) / windows  # (n, n)
     print(about, file=sys.stderr)
-    figure = new_figure(6.5, 5.5)
+    from matplotlib.figure import Figure  # it takes a while, and only this needs it
+    figure = Figure(figsize=(6.5, 5.5), layout="constrained")
     ax = figure.subplots()
     # Slots that no window reads stay grey: a logarithmic scale has no zero.
     ax.set_facecolor("#bbbbbb")

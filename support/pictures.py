@@ -1,5 +1,6 @@
 """Curves of runs, and runs side by side."""
 import json
+import warnings
 from dataclasses import fields
 from pathlib import Path
 
@@ -80,7 +81,9 @@ def draw(folders, path):
         axes[0, 0].plot([line["tokens"] for line in log], [line["loss"] for line in log],
                         lw=0.5, color="gray", label="training loss of single steps")
     axes[0, 0].legend(fontsize=8)
-    write_whole(path, lambda part: fig.savefig(part, dpi=80, format="png"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # such letters become boxes
+        write_whole(path, lambda part: fig.savefig(part, dpi=80, format="png"))
 
 
 def try_to_draw(folders, path):

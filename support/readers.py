@@ -91,18 +91,12 @@ def read_windows(model, windows):
                     weights.float().view(shape).cpu())
 
 
-class TextReads(NamedTuple):
-    """How the training text reads the tables: reads.npz.
-
-    windows: how many windows of the text were looked at. readers: for each table, how many of these
-    windows read each slot, (S,) int64.
-    """
-    windows: int
-    readers: list
-
-
 def load_readers(run, model):
-    """reads.npz of a run folder -> TextReads. Raises ValueError if it is missing or broken."""
+    """reads.npz of a run folder: how the training text reads the tables.
+
+    -> how many windows of the text were looked at; for each table, how many of these windows read
+    each slot, (S,) int64. Raises ValueError if it is missing or broken.
+    """
     layers_with_tables(model)
     path = Path(run) / "reads.npz"
     with reading(path, "train.py writes it at the end of a run: finish it with --resume, or, if an "
@@ -114,30 +108,30 @@ def load_readers(run, model):
         for table, counts in zip(model.tables, readers):
             if len(counts) != len(table.values):
                 raise ValueError(f"it has {len(counts)} slots, the table {len(table.values)}")
-    return TextReads(windows, readers)
+    return windows, readers
 
 
-def slot_scores(model, windows, text_reads):
+def slot_scores(model, windows, text_windows, readers):
     """How much more these windows read each slot than the training text does: list of (S,) float32.
 
     score = c / sum(c) * log((B + 1) / (1 + readers)), as in sparse memory finetuning (arXiv
     2510.15103). c counts how often the windows read a slot, and `readers` of B windows of the
-    training text read it. It is TF-IDF, with slots for words. windows (F, T): tokens.
+    training text read it, see load_readers. It is TF-IDF, with slots for words. windows (F, T):
+    tokens. text_windows: B.
     """
-    B = text_reads.windows
     counts = [torch.zeros(len(table.values)) for table in model.tables]
     at_once = model.windows_at_once(windows.shape[1])
     for part in torch.from_numpy(windows.astype("int64")).split(at_once):
         for reads in read_windows(model, part):
             c = counts[reads.table]  # (S,)
             c += reads.slots.flatten().bincount(minlength=len(c))
-    return [c / c.sum() * ((B + 1) / (1 + r)).log() for c, r in zip(counts, text_reads.readers)]
+    return [c / c.sum() * ((text_windows + 1) / (1 + r)).log() for c, r in zip(counts, readers)]
 
 
 def slots_of_facts(model, windows, args):
     """For each table the --slots best slots of these windows: list of (slots,) int64."""
     chosen = []
-    for score in slot_scores(model, windows, load_readers(args.run, model)):
+    for score in slot_scores(model, windows, *load_readers(args.run, model)):
         count = args.slots or max(len(score) // 16, 1)
         chosen.append(score.topk(min(count, int((score > 0).sum()))).indices)
     return chosen

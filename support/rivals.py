@@ -24,17 +24,8 @@ import torch.nn.functional as F
 from memory import Layer, MemoryTable, ProductKeyMemory, draw_matrix
 
 
-def refuse_settings_of_memory(config):
-    """Raise ValueError for settings that only the memory layer has."""
-    if config.mem_gate_open:
-        raise ValueError("--mem-gate-open is for --ffn memory: leave it out")
-    if config.mem_balance:
-        raise ValueError(f"--mem-balance {config.mem_balance} is for --ffn memory: leave it out")
-
-
 def check_plain_values(config):
     """Raise ValueError if the settings of the table's values do not suit a rival."""
-    refuse_settings_of_memory(config)
     if config.value_dim() != config.n_embd or config.mem_dtype != "float32":
         raise ValueError(f"--ffn {config.ffn} has no --mem-value-dim and no --mem-dtype bfloat16: "
                          f"leave them out")
@@ -69,7 +60,7 @@ class HashedMemory(Layer):
         self.weigh = nn.Linear(dim, reads, bias=False)  # W (R, C)
         needs_out = table.dim != dim
         self.out = nn.Linear(table.dim, dim, bias=False) if needs_out else None  # (C, D)
-        self.tables = [table]  # as in ProductKeyMemory
+        self.use_table(table)
         self.seed = seed
         self.register_buffer("factors", None, persistent=False)
         self.draw_factors()
@@ -106,10 +97,6 @@ class HashedMemory(Layer):
         if self.out is not None:
             y = self.out(y)  # (B, T, C)
         return y
-
-    @classmethod
-    def check(cls, config):
-        refuse_settings_of_memory(config)
 
     @classmethod
     def make_table(cls, config, mesh=None):
@@ -213,7 +200,7 @@ class UltraMem(Layer):
         self.half_keys = nn.Parameter(half_keys)
         self.core = nn.Parameter(torch.empty(heads, self.RANK, self.RANK))  # (H, r, r)
         self.out = nn.Linear(self.WAYS * table.dim, dim, bias=False)  # all W: weight (C, 4*D)
-        self.tables = [table]  # as in ProductKeyMemory
+        self.use_table(table)
         self.register_buffer("shuffle", None, persistent=False)
         self.draw_shuffle()
         self.register_load_state_dict_post_hook(UltraMem.draw_shuffle)
@@ -329,12 +316,12 @@ class PEER(Layer):
         self.finder.out = None  # of the finder nothing but its search is used
         self.heads = heads  # H
         self.reads = heads * topk  # R
-        self.tables = [table]
+        self.use_table(table)
 
     @staticmethod
     def std(dim, reads):
         """The std of a slot's numbers: u has variance 1/C, v has 1/R, so that y has 1. -> (2C,)"""
-        return torch.tensor([dim**-0.5] * dim + [reads**-0.5] * dim)
+        return torch.tensor([dim**-0.5] * dim + [reads**-0.5] * dim, device="cpu")
 
     def forward(self, x):
         shape = x.shape

@@ -117,6 +117,11 @@ def resumed_settings(s, given):
     if not (out / "config.json").exists() and not (out / "ckpt.pt").exists():
         return s, None
     config = read_config(out)
+    unknown = config["settings"].keys() - vars(s).keys()
+    if unknown:
+        raise ValueError(f"{out} has the setting {min(unknown)}, which this version lacks, and "
+                         f"cannot be resumed: {out}/config.json names the commit that can; start "
+                         f"from its weights with --init-from {out} --out-dir out/NAME")
     with reading(out / "config.json", "start another run with --out-dir out/NAME"):
         # What is newer than the run has its default.
         old = type(s)(**config["settings"] | dict(out_dir=s.out_dir))

@@ -13,7 +13,6 @@ import runpy
 import shlex
 import shutil
 import subprocess
-import types
 from pathlib import Path
 
 import numpy as np
@@ -66,21 +65,6 @@ def base(tmp_path_factory):
             pids = [in_child(train.main, argv) for argv in commands[i:i + 2]]
             assert [exit_code(pid) for pid in pids] == [0, 0]
     return base
-
-
-@pytest.fixture
-def draw_reads():
-    """The function that draws memory.png, see no_pictures."""
-    return DRAW_READS
-
-
-DRAW_READS = look.draw_reads
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    """To draw what a prompt reads takes a second or more. One test does it."""
-    monkeypatch.setattr(look, "draw_reads", lambda *args: None)
 
 
 @pytest.fixture
@@ -198,20 +182,6 @@ def check_page(page, layers, ids):
         strongest = reads.slots[0].gather(-1, reads.weights[0].argmax(-1, keepdim=True))
         for slot in strongest.flatten().tolist():
             assert data["about"][f"{reads.block}/{slot}"]["up"]
-
-
-def test_the_picture_of_what_is_read(base, say, draw_reads, monkeypatch):
-    monkeypatch.setattr(look, "draw_reads", draw_reads)
-    assert "drawn:" in say("memory", "--show-memory", "was born")
-    assert (base / "memory" / "memory.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.filterwarnings("error")
-def test_a_letter_without_a_glyph_is_drawn_without_a_word(draw_reads, tmp_path):
-    reads = types.SimpleNamespace(block=1, slots=torch.tensor([[[5, 9]], [[3, 4]]]),
-                                  weights=torch.tensor([[[0.5, 0.5]], [[0.9, 0.1]]]))
-    draw_reads(reads, ["\u4e2d\u6587", "\U0001f600"], 4, tmp_path / "memory.png")
-    assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_prompts_are_compared(base, say):
@@ -421,8 +391,8 @@ def test_scores_are_the_formula(base):
     model, tok, args = loaded(base, "two")
     facts = recall.read_facts(base / "two")
     windows = facts["seen"][:3].astype("int64")
-    B, counted = readers.load_readers(base / "two", model)
-    got = readers.slot_scores(model, windows, readers.TextReads(B, counted))
+    text = B, counted = readers.load_readers(base / "two", model)
+    got = readers.slot_scores(model, windows, *text)
     for table in (0, 1):
         counts = torch.zeros(256)
         for window in windows:
@@ -540,7 +510,7 @@ def test_only_the_chosen_slots_learn(base, tables):
     text = readers.load_readers(base / "memory", model)
     old = copy.deepcopy(model)
     rows = np.concatenate([f + np.arange(n) for f, n in zip(sentences.first, sentences.trained)])
-    scores, = readers.slot_scores(model, windows[rows].astype("int64"), text)
+    scores, = readers.slot_scores(model, windows[rows].astype("int64"), *text)
     best = scores.topk(9).indices
     steps = edit.teach_model(model, sentences, windows, text, args)
     moved = (model.tables[0].values != old.tables[0].values).any(dim=1).nonzero().flatten()

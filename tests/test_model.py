@@ -354,17 +354,6 @@ def test_init_weights():
     assert model.head.weight is model.wte.weight
 
 
-def test_an_open_gate_lets_everything_through_at_first():
-    """Then the layer is W2 y, in a model, too, which draws the other matrices anew."""
-    model = make_model(**PLUS | dict(mem_gate_open=True))
-    for _, layer in model.memories():
-        x = torch.randn(3, 5, model.config.n_embd)
-        with_gate = layer(x)
-        layer.gate = None
-        close(with_gate, layer(x))
-        assert layer.out.weight.std() > 0
-
-
 @each_kind
 def test_loss_starts_at_log_v(kind):
     model = make_model(vocab_size=1000, n_embd=64, **kind)
@@ -395,7 +384,6 @@ BAD_SETTINGS = [
     (MEMORY | dict(mem_topk=0), ["--mem-topk 0 is not at least 1"]),
     (MEMORY | dict(mem_topk=7), ["--mem-topk 7 > 6 half-keys"]),
     (MEMORY | dict(mem_value_dim=-1), ["--mem-value-dim -1 is not at least 0"]),
-    (MEMORY | dict(mem_gate_open=True), ["--mem-gate-open", "--mem-gate"]),
     (MEMORY | dict(mem_layers=()), ["--mem-layers is empty", "dense"]),
     (MEMORY | dict(mem_layers=(1, 1)), ["--mem-layers (1, 1)", "twice"]),
     (MEMORY | dict(mem_layers=(0, 3)), ["--mem-layers 3", "0..2"]),

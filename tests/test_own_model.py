@@ -7,6 +7,7 @@ B, T, C batch, tokens, channels · S slots · D value dim
 """
 import copy
 import io
+import math
 import re
 from pathlib import Path
 
@@ -15,7 +16,8 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from memory import MemoryTable
+import kernel
+from memory import MemoryTable, ProductKeyMemory, RowAdam
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text("utf-8")
 CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[1]
@@ -267,27 +269,39 @@ def loss_of(net):
     return torch.nn.functional.cross_entropy(net(x).flatten(0, 1), labels.flatten())
 
 
+def one_for_all(optimizer, **more):
+    """A plain optimizer for everything: the table's values are a parameter like any other."""
+    return lambda net: [optimizer(net.parameters(), lr=1e-2, **more)]
+
+
+def row_adam_for_the_table(net):
+    rest = [p for p in net.parameters() if p is not net.table.values]
+    return [torch.optim.AdamW(rest, lr=1e-2), RowAdam([net.table], lr=2e-2)]
+
+
 OPTIMIZERS = {
-    "AdamW": torch.optim.AdamW,
-    "AdamW, fused": lambda p, lr: torch.optim.AdamW(p, lr=lr, fused=True),
-    "AdamW, foreach": lambda p, lr: torch.optim.AdamW(p, lr=lr, foreach=True),
-    "SGD": torch.optim.SGD,
+    "AdamW": one_for_all(torch.optim.AdamW),
+    "AdamW, fused": one_for_all(torch.optim.AdamW, fused=True),
+    "AdamW, foreach": one_for_all(torch.optim.AdamW, foreach=True),
+    "SGD": one_for_all(torch.optim.SGD),
+    "RowAdam": row_adam_for_the_table,
 }
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
-def test_steps(optimizer):
-    """A plain optimizer for everything: the table's values are a parameter like any other."""
-    net = make()
+@both_dtypes
+@pytest.mark.parametrize("choose", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+def test_steps(choose, dtype):
+    net = make(dtype)
     before = copy.deepcopy(net)
-    optimizer = optimizer(net.parameters(), lr=1e-2)
+    optimizers = choose(net)
     losses = []
     for _ in range(5):
         loss = loss_of(net)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         losses.append(loss.item())
     assert losses == sorted(losses, reverse=True)
     for (name, p), q in zip(net.named_parameters(), before.parameters()):
@@ -333,3 +347,138 @@ def test_an_optimizer_goes_on_from_its_state():
             optimizer.zero_grad()
         nets.append(net)
     check_same(list(nets[0].parameters()), list(nets[1].parameters()), 0)
+
+
+@both_dtypes
+def test_a_frozen_table_stays(dtype):
+    """The rest learns, and gets the gradients that it gets beside a table that learns."""
+    net = make(dtype)
+    loss_of(net).backward()
+    want = [p.grad for p in net.parameters() if p is not net.table.values]
+    frozen = make(dtype)
+    frozen.table.requires_grad_(False)
+    loss_of(frozen).backward()
+    check_same([p.grad for p in frozen.parameters() if p.requires_grad], want, 0)
+    assert frozen.table.values.grad is None
+    before = frozen.table.values.clone()
+    optimizer = torch.optim.AdamW(frozen.parameters(), lr=1e-2)
+    optimizer.step()
+    assert torch.equal(frozen.table.values, before)
+
+
+@both_dtypes
+def test_a_scaled_loss(dtype):
+    """GradScaler: the same steps as without it, and one with an infinite loss is skipped."""
+    def trained(scaler):
+        net = make(dtype)
+        optimizers = row_adam_for_the_table(net)
+        for factor in (1, math.inf, 1):
+            loss = scaler.scale(loss_of(net) * factor)
+            if factor == 1 or scaler.is_enabled():
+                loss.backward()
+                for optimizer in optimizers:
+                    scaler.unscale_(optimizer)
+                    scaler.step(optimizer)
+                    optimizer.zero_grad()
+                scaler.update()
+        return list(net.parameters())
+
+    scaled = trained(torch.amp.GradScaler("cpu", init_scale=2.0**10))
+    check_same(scaled, trained(torch.amp.GradScaler("cpu", enabled=False)))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float16, torch.complex64], ids=str)
+def test_a_dtype_that_cannot_be_trained_is_refused(dtype):
+    with pytest.raises(ValueError, match=f"{dtype} cannot be trained: make it in float32 or"):
+        MemoryTable(n_keys=32, dim=64, dtype=dtype)
+
+
+# ---- a table that no model has registered
+
+def in_a_row(dtype):
+    """A layer in nn.Sequential."""
+    layer = ProductKeyMemory(64, MemoryTable(32, 64, dtype), topk=8)
+    return torch.nn.Sequential(torch.nn.Linear(64, 64), layer, torch.nn.Linear(64, 10)), 1
+
+
+def two_share(dtype):
+    """Two layers of one table, which belongs to the first."""
+    table = MemoryTable(32, 64, dtype)
+    layers = [ProductKeyMemory(64, table, topk=8) for _ in range(2)]
+    return torch.nn.Sequential(*layers, torch.nn.Linear(64, 10)), 1
+
+
+class Encoder(torch.nn.TransformerEncoderLayer):
+    def __init__(self, dtype):
+        super().__init__(64, 4, dropout=0.0, batch_first=True)
+        self.memory = ProductKeyMemory(64, MemoryTable(32, 64, dtype), topk=8)
+
+    def _ff_block(self, x):
+        return self.memory(x)
+
+
+def in_an_encoder(dtype):
+    """nn.TransformerEncoder copies its layer, and each copy has a table of its own."""
+    encoder = torch.nn.TransformerEncoder(Encoder(dtype), 3)
+    return torch.nn.Sequential(encoder, torch.nn.Linear(64, 10)), 3
+
+
+@both_dtypes
+@pytest.mark.parametrize("build", [in_a_row, two_share, in_an_encoder])
+def test_a_table_belongs_to_its_layer(build, dtype):
+    net, count = build(dtype)
+    tables = [p for name, p in net.named_parameters() if name.endswith("own_table.values")]
+    assert len(tables) == count
+    loss_of(net).backward()
+    assert all(table.grad.any() for table in tables)
+    assert {"values"} < {name.split(".")[-1] for name in net.state_dict()}
+    other, _ = build(dtype)
+    other.load_state_dict(net.state_dict())
+    check_same([other(rows()[0])], [net(rows()[0])], 0)
+
+
+def test_a_table_of_the_model_stays_where_it_is():
+    assert "memory.own_table.values" not in make().state_dict()
+    assert set(make().state_dict()) == {"table.values", "memory.half_keys", "memory.query.weight",
+                                        "head.weight", "head.bias"}
+
+
+# ---- derivatives of all kinds, with the definitions
+
+@pytest.fixture
+def definitions(monkeypatch):
+    monkeypatch.setattr(kernel, "_backend", "auto")
+    kernel.backend("reference")
+
+
+def test_the_definitions_give_the_same(definitions):
+    x, _ = rows()
+    want = gradients(make(), x)
+    kernel.backend("torch")
+    check_same(gradients(make(), x), want)
+
+
+def test_second_derivatives(definitions):
+    net = make().double()
+    x = rows()[0][:1, :2].double().requires_grad_()
+    assert torch.autograd.gradgradcheck(net, (x,))
+
+
+def test_functional_gradients(definitions):
+    """torch.func: grad, and forward and backward mode agree: u . (J v) = (J^T u) . v."""
+    net = make()
+    x, _ = rows()
+    weights = dict(net.named_parameters())
+
+    def total(weights):
+        return torch.func.functional_call(net, weights, (x,)).square().sum()
+
+    got = torch.func.grad(total)(weights)
+    want = torch.autograd.grad(total(weights), list(weights.values()))
+    check_same(list(got.values()), want)
+    v = torch.randn_like(x)
+    y, forward = torch.func.jvp(net, (x,), (v,))
+    u = torch.randn_like(y)
+    backward, = torch.func.vjp(net, x)[1](u)
+    check_same([(u * forward).sum()], [(backward * v).sum()], 1e-3)
+    check_same([torch.func.vmap(net)(x[:, None])[:, 0]], [net(x)])

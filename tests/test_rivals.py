@@ -4,7 +4,6 @@ Each is held to a twin that follows the formula word by word, one token and one 
 """
 import copy
 import json
-import math
 import shutil
 
 import numpy as np
@@ -15,7 +14,7 @@ from test_parallel import launch
 from test_train import TINY
 
 import train
-from memory import MemoryTable, unevenness
+from memory import MemoryTable
 from model import GPT, KINDS, GPTConfig
 from support import settings
 from support.rivals import PEER, HashedMemory, MixtureOfExperts, UltraMem, tucker_topk
@@ -306,32 +305,8 @@ def test_balance_is_1_for_level_experts_and_E_for_a_single_one():
     assert abs(layer.balance.item() - 1) < 0.1
 
 
-def test_unevenness_is_0_for_half_keys_that_are_liked_the_same():
-    assert abs(unevenness(torch.zeros(2, 3, 5, 7)).item()) < 1e-6
-    one = torch.zeros(2, 3, 5, 7)
-    one[..., 4] = 100.0
-    assert abs(unevenness(one).item() - math.log(7)) < 1e-5
-    # Each token likes another half-key: even, although every token is sure.
-    assert abs(unevenness(100 * torch.eye(7).expand(2, 3, 7, 7)).item()) < 1e-5
-
-
-def test_unevenness_moves_half_keys_that_nobody_reads():
-    model = make("memory", mem_balance=0.5, mem_n_keys=64)
-    idx = torch.randint(V, (1, 3))
-    _, loss = model(idx, idx)
-    loss.backward()
-    layers = [layer for _, layer in model.memories()]
-    assert layers[0].half_keys.grad.abs().sum(-1).min() > 0
-    for layer in layers:
-        layer.balance_weight = 0.0
-    model.zero_grad()
-    model(idx, idx)[1].backward()
-    assert (layers[0].half_keys.grad.abs().sum(-1) == 0).any()
-
-
-@pytest.mark.parametrize("kind", ["moe", "memory"])
-def test_balance_is_in_the_training_loss_alone(kind):
-    model = make(kind, moe_balance=0.5, mem_balance=0.5 * (kind == "memory"))
+def test_balance_is_in_the_training_loss_alone():
+    model = make("moe", moe_balance=0.5)
     idx = torch.randint(V, (3, T))
     kept = []
     for _, layer in model.memories():
@@ -342,7 +317,7 @@ def test_balance_is_in_the_training_loss_alone(kind):
     model.eval()
     _, plain = model(idx, idx)
     assert torch.allclose(training, plain + 0.5 * balance)
-    assert balance >= (0.9 if kind == "moe" else 1e-4)
+    assert balance >= 0.9
 
 
 # ---- all of them in a GPT
@@ -375,7 +350,7 @@ def test_a_model_that_is_made_on_the_meta_device(kind, assign):
 @pytest.mark.parametrize("targets", [True, False])
 def test_a_model_that_has_run_can_be_copied(kind, targets):
     """Averaging the weights over training begins with a copy."""
-    model = make(kind, mem_balance=0.1 * (kind == "memory"))
+    model = make(kind)
     idx = torch.randint(V, (3, T))
     _, loss = model(idx, idx if targets else None)
     assert torch.equal(copy.deepcopy(model)(idx)[0], model(idx)[0])
@@ -385,19 +360,6 @@ def test_a_model_that_has_run_can_be_copied(kind, targets):
     if targets:
         loss.backward()
 
-
-@pytest.mark.slow
-def test_a_balance_loss_compiles_once():
-    torch._dynamo.reset()
-    model = make("memory", mem_balance=0.5).float()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    idx = torch.randint(V, (3, T))
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for _ in range(3):
-            _, loss = compiled(idx, idx)
-            loss.backward()
-    assert torch.allclose(loss, model(idx, idx)[1])
-    assert all(layer.balance is None for _, layer in model.memories())
 
 @pytest.mark.parametrize("kind", RIVALS)
 def test_the_future_is_not_seen(kind):
@@ -461,8 +423,6 @@ def test_counts_of_a_mixture_add_up():
     ("moe", dict(moe_experts=-1), "--moe-experts"),
     ("moe", dict(moe_topk=65), "--moe-topk 65"),
     ("moe", dict(moe_balance=float("nan")), "--moe-balance"),
-    ("memory", dict(mem_balance=-0.1), "--mem-balance -0.1"),
-    ("hash", dict(mem_balance=0.1), "is for --ffn memory"),
     ("moe", dict(mem_dtype="bfloat16"), "--ffn moe has no"),
     ("peer", dict(mem_dtype="bfloat16"), "--ffn peer has no"),
     ("peer", dict(mem_value_dim=8), "--mem-value-dim"),

@@ -26,19 +26,25 @@ from model import GPT
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "runs"))
-import report
 import results
 import time_steps
 
 APPENDIX = (ROOT / "docs" / "appendix.md").read_text("utf-8")
 # Script: how many runs it makes.
-SCRIPTS = {"baselines.sh": 39, "names.sh": 18, "tune.sh": 44, "slots.sh": 27, "scaling.sh": 17,
-           "deep.sh": 25, "balance.sh": 7, "variants.sh": 5, "bfloat16.sh": 6, "teach.sh": 3,
-           "table_optimizer.sh": 21,
+SCRIPTS = {"baselines.sh": 39, "names.sh": 18, "tune.sh": 42, "slots.sh": 27, "scaling.sh": 17,
+           "teach.sh": 3, "table_optimizer.sh": 21,
            "two_ranks.sh": 3, "tinystories.sh": 15,
            "own_facts.sh FACTS.tsv PATTERNS.tsv": 77, "text.sh STORIES.txt WEB.txt": 83}
 STUB = """#!/usr/bin/env bash
 echo "$@" >> "$CALLS"
+"""
+
+# A script of five runs.
+FIVE = """source "$(dirname "${BASH_SOURCE[0]}")/run.sh"
+for seed in 1 2 3 4 5; do
+    run five-$seed --seed $seed
+done
+finish
 """
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
@@ -52,6 +58,7 @@ class Runs:
         self.out = folder / "copy" / "out"
         self.calls = folder / "calls"
         shutil.copytree(ROOT / "runs", folder / "copy" / "runs")
+        (folder / "copy" / "runs" / "five.sh").write_text(FIVE)
         python = folder / "python"
         python.write_text(stub)
         python.chmod(0o755)
@@ -78,10 +85,6 @@ class Runs:
             if "train.py" in call and "--compare" not in call:
                 found[re.search(r"--out-dir out/(\S+)", call)[1]] = call
         return found
-
-
-# What run.sh gives every run.
-TABLE = re.search(r'^table="(.*)"$', (ROOT / "runs" / "run.sh").read_text("utf-8"), re.M)[1]
 
 
 def settings_of(flags):
@@ -122,7 +125,8 @@ def same_model(call, timed, *ignored):
 def test_the_scripts_make_all_runs_of_the_results(calls):
     """And with the settings behind the numbers: the sizes and the FLOPs agree."""
     runs = results.read("facts")
-    assert calls.keys() == runs.keys() - {"facts-memory-1337"}
+    retired = {name for name in runs if name.startswith(results.RETIRED)}
+    assert calls.keys() == runs.keys() - retired - {"facts-memory-1337"}
     corpora = {}
     models = {}
     for name, call in calls.items():
@@ -195,13 +199,6 @@ def test_the_appendix_says_how_many_runs_two_scripts_share(tmp_path):
             assert f"| {count}, {which} shared with baselines.sh |" in line
 
 
-def test_the_flags_in_the_table_of_variants(calls):
-    for words, name in report.VARIANTS.items():
-        flags = "" if words == "the default" else words.split("`")[1]
-        expected = settings_of(f"{TABLE} {flags} --seed 1 --out-dir out/{name}")
-        assert settings_of(flags_of(calls[name])) == expected, name
-
-
 def test_the_models_that_are_timed_are_those_of_the_runs(calls):
     """tests/time_steps.py --study times what the scripts train, rates and seeds aside."""
     assert set(results.STEP_OF.values()) == time_steps.STUDY.keys()
@@ -254,10 +251,10 @@ def test_scripts_stop_if_a_folder_is_missing(tmp_path, script):
 def test_several_runs_at_a_time(tmp_path):
     """JOBS=3: all runs, in the order of the script, and what they print is in out/NAME.txt."""
     runs = Runs(tmp_path, STUB + "echo printed with $OMP_NUM_THREADS threads\n")
-    one_by_one = runs.trainings("two_ranks.sh") | runs.trainings("variants.sh")
-    assert runs.trainings("variants.sh", JOBS="3").items() <= one_by_one.items()
+    one_by_one = runs.trainings("two_ranks.sh") | runs.trainings("five.sh")
+    assert runs.trainings("five.sh", JOBS="3").items() <= one_by_one.items()
     for name in one_by_one:
-        if name.startswith("variant"):
+        if name.startswith("five"):
             assert "threads" in (runs.out / f"{name}.txt").read_text()
 
 
@@ -268,10 +265,10 @@ sleep 0.5
 echo end >> "$CALLS.log"
 """
     runs = Runs(tmp_path, stub)
-    for name in ("variant-h2-k64", "variant-h2"):
+    for name in ("five-1", "five-2"):
         (runs.out / name).mkdir(parents=True)
         (runs.out / name / "result.json").write_text("{}")
-    assert len(runs.trainings("variants.sh", JOBS="2")) == 3
+    assert len(runs.trainings("five.sh", JOBS="2")) == 3
     running = most = 0
     for line in (tmp_path / "calls.log").read_text().split():
         running += 1 if line == "begin" else -1
@@ -280,13 +277,13 @@ echo end >> "$CALLS.log"
 
 
 def test_a_run_that_fails_stops_those_beside_it(tmp_path):
-    stub = STUB + """case "$@" in *variant-h2-k64*) sleep 1; exit 3;; esac
+    stub = STUB + """case "$@" in *five-1*) sleep 1; exit 3;; esac
 trap 'echo asked to stop >> "$CALLS"; exit 143' TERM
 sleep 20 &
 wait
 """
     runs = Runs(tmp_path, stub)
-    process = runs.start("variants.sh", JOBS="2")
+    process = runs.start("five.sh", JOBS="2")
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 3, errors
     assert errors == "a run failed: the newest out/*.txt says why\n"

@@ -244,18 +244,6 @@ def test_schedule():
     assert all(a > b for a, b in zip(rates[9:], rates[10:]))
 
 
-def test_the_rate_of_values_can_fall_further(data):
-    s = train.Settings(warmup_steps=0, max_steps=100)
-    assert train.schedule(0, s, end=0.25) == 1
-    assert train.schedule(50, s, end=0.25) == pytest.approx(0.5 * 0.625)
-    assert train.schedule(80, s, end=0.25) == pytest.approx(0.2 * 0.4)
-    trainer = make_trainer(data, "--value-lr-end", "0.25")
-    half = trainer.s.max_steps // 2
-    trainer.step(half)
-    dense, table = (optimizer.param_groups[0] for optimizer in trainer.optimizers)
-    assert table["lr"] / table["peak"] == pytest.approx(0.625 * dense["lr"] / dense["peak"])
-
-
 @pytest.mark.parametrize("micro", [16, 4])
 def test_a_step_by_hand(micro, data):
     """Its loss and gradient are those of the whole batch, in one forward pass or in four."""
@@ -639,6 +627,18 @@ def test_compare_prints_ratios_and_draws(whole, dense, capsys, figures):
     assert legend(figures[0]) == ["Memory, 256 slots", "Dense, width 32"]
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_name_without_glyphs_is_drawn_without_a_word(whole, tmp_path):
+    folders = []
+    for i, name in enumerate(("\u4e2d\u6587", "\U0001f600")):
+        folders.append(another_seed(whole, tmp_path / name, seed=1337, add=0.5 * i))
+        config = read(folders[-1] / "config.json")
+        config["settings"]["mem_heads"] = 4 + i  # kinds of one label are told apart by their names
+        (folders[-1] / "config.json").write_text(json.dumps(config))
+    pictures.draw(folders, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_two_seeds_are_one_line_with_a_band(whole, dense, tmp_path, capsys, figures):
     """The mean of x and x + 0.5 is x + 0.25, their standard deviation 0.5 / sqrt(2)."""
     other = another_seed(whole, tmp_path / "other", seed=4, add=0.5)
@@ -789,8 +789,8 @@ def test_a_run_with_an_unknown_setting_is_refused(stopped, data, tmp_path, capfd
     change_settings(out, add_colour)
     before = (out / "ckpt.pt").read_bytes()
     code = call("--resume", "--data", data, "--out-dir", out)
-    check_one_line(capfd, code, "config.json is broken, or another program's", "mem_colour",
-                   "--out-dir")
+    check_one_line(capfd, code, "has the setting mem_colour, which this version lacks",
+                   "config.json names the commit", "--init-from", "--out-dir")
     assert (out / "ckpt.pt").read_bytes() == before
 
 

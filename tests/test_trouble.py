@@ -901,6 +901,13 @@ def test_a_call_leaves_the_process_as_it_was(ending, here, monkeypatch):
         time.sleep(5)
 
 
+def test_sampling_leaves_the_process_as_it_was(here):
+    before = state_of_process()
+    for flags in ("--recall", "--prompt x", "--show-memory x", "--slot 3"):
+        assert sample.main(["out/run", *flags.split(), "--backend", "reference"]) == 0
+        assert state_of_process() == before
+
+
 def test_a_run_in_a_thread(here):
     before = state_of_process()
     argv = (TINY_TRAIN + " --out-dir out/new").split()[1:]

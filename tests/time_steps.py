@@ -38,8 +38,6 @@ KINDS = {
     "UltraMem": ["--ffn", "ultramem"],
     "MoE": ["--ffn", "moe"],
 }
-EIGHT = ["--n-layer", "8"]
-THREE_LAYERS = [*EIGHT, "--mem-layers", "1,4,6"]
 # What else docs/results.md reports.
 STUDY = KINDS | {
     "dense, 0.6 x FLOPs": ["--ffn", "dense", "--n-embd", "48"],
@@ -52,13 +50,7 @@ STUDY = KINDS | {
     "Memory, 4,096 slots": ["--mem-n-keys", "64"],
     "Memory, 65,536 slots": ["--mem-n-keys", "256"],
     "Memory, 262,144 slots": ["--mem-n-keys", "512"],
-    "Memory, 262,144 slots, balanced": ["--mem-n-keys", "512", "--mem-balance", "1e-2"],
     "Memory, K = 8": ["--mem-topk", "8"],
-    "Memory+, bfloat16": ["--mem-gate", "--qk-norm", "--mem-dtype", "bfloat16"],
-    "dense, 8 blocks": ["--ffn", "dense", *EIGHT],
-    "Memory, one layer of 8": [*EIGHT, "--mem-layers", "4"],
-    "Memory, three layers of 8": THREE_LAYERS,
-    "Memory+, three layers of 8": [*THREE_LAYERS, "--mem-gate", "--qk-norm"],
 }
 LEAST_ROUNDS = 12
 
