@@ -10,8 +10,7 @@ Turn a corpus into files of tokens for train.py and sample.py.
     python prepare_data.py tinystories --from-file train.txt valid.txt      # files you have
     python prepare_data.py facts --from-file FACTS.tsv PATTERNS.tsv         # facts of your own
 
-It prints the disk space that it needs, its progress, and what it made. The folder data/<name> then
-holds
+It prints its progress and what it made. The folder data/<name> then holds
 
     train.bin, val.bin      raw little-endian uint16 as in nanoGPT; after each document comes the
                             end-of-text token (eot)
@@ -50,8 +49,8 @@ import tiktoken
 import tiktoken_ext.openai_public
 
 from support import own_facts, sources
-from support.data_folder import check_space, how_to_make, is_finished, making, read_meta, write_meta
-from support.download import HUB, SOURCES, certificate_hint, get
+from support.data_folder import how_to_make, is_finished, making, read_meta, write_meta
+from support.download import SOURCES, certificate_hint, get
 from support.fields import flag
 from support.files import reading, sha256
 from support.invented import (FIRST_NAMES, LAST_NAMES, NAMES, RELATIONS, TRAINED_PHRASINGS,
@@ -219,7 +218,6 @@ def make_facts(out="data/facts", people=8000, relations=5, answers=64, documents
         rng, people + control, relations, answers, tokenizer, names)
     F, phrasings, window = windows.shape
     rows = windows.reshape(F * phrasings, window)
-    check_space([("tokens", out, 2 * window * (documents + val_documents + 2 * F))])
     # Sums of the probabilities: person r is drawn by a number between chance[r-1] and chance[r].
     chance = ((np.arange(people) + zipf_shift) ** -float(zipf_power)).cumsum()  # (people,)
 
@@ -363,7 +361,6 @@ def make_own_facts(from_file, out="data/own", control=0.025, documents=0, val_do
     text, other, is_control = own_facts.draw_own_facts(facts, settings, rng)
     windows = fill_windows(sentences.texts, tok.eot)  # (sentences, window)
     window = windows.shape[1]
-    check_space([("tokens", out, 2 * window * (len(text) + val_documents + 2 * F))])
     with making(out, settings, force) as folder:
         if folder is None:  # another process has made it meanwhile
             return
@@ -415,7 +412,6 @@ def make_text(source, out="", tokenizer="gpt2", vocab_size=8192, separator=EOT, 
     sources.check_source(source, local, from_file, small)
     sources.check_text_numbers(vocab_size, separator, val_fraction, workers)
     paths = sources.input_paths(source, local, downloads, small)
-    sizes = {path: path.stat().st_size if local else HUB[path.name][1] for path in paths}
     settings = dict(
         source=source if is_known else "text", files=sources.name_files(source, paths, local),
         tokenizer=tokenizer, separator=separator, val_fraction=val_fraction,
@@ -427,7 +423,6 @@ def make_text(source, out="", tokenizer="gpt2", vocab_size=8192, separator=EOT, 
     tok = None
     if tokenizer != "words":
         tok = make_tokenizer(tokenizer)
-    check_space(sources.space_for_text(sizes, local, downloads, out, tokenizer))
     paths = [get(path, no_verify) for path in paths]
     plan = plan_files(paths, is_known, separator, val_fraction)
     every = round(1 / val_fraction)

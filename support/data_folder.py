@@ -3,7 +3,6 @@
 meta.json is written last, and a folder without it does not count as finished.
 """
 import base64
-import collections
 import contextlib
 import json
 import os
@@ -23,13 +22,13 @@ def read_meta(folder):
     with reading(path, how_to_make(folder)):
         meta = json.loads(path.read_text("utf-8"))
         for name, kind in META.items():
-            if name in meta.keys() | NEEDED and not isinstance(meta[name], kind):
+            if not isinstance(meta[name], kind):
                 raise TypeError(f"its {name} is {meta[name]!r}")
         for split in ("train", "val"):
             meta["tokens"][split] + 0  # KeyError or TypeError if it is no number
             meta["sha256"][f"{split}.bin"]
         if "window" in meta:
-            meta["answers"]
+            meta["window"] + meta["answers"]
     return meta
 
 
@@ -73,12 +72,9 @@ def how_to_make(folder):
             f"is there)")
 
 
-# What a meta.json holds, of which type, and what of it every one holds.
+# What every meta.json holds, of which type.
 META = {"vocab_size": int, "eot": int, "tokenizer": str, "pattern": str, "tokens": dict,
-        "sha256": dict, "window": int, "answers": (int, float), "settings": dict}
-
-
-NEEDED = {"vocab_size", "eot", "tokenizer", "pattern", "tokens", "sha256"}
+        "sha256": dict}
 
 
 def is_finished(out, settings, force):
@@ -172,23 +168,3 @@ def write_meta(folder, tok, documents, **more):
     for split in documents:
         said += f", {split} {tokens[split]:,} tokens in {counted(documents[split], 'document')}"
     print(said)
-
-
-def check_space(needs):
-    """Print how much disk space is needed. Raises ValueError if a disk has too little.
-
-    needs: list of (purpose, folder, bytes). Folders can be on the same disk, so the needs are added
-    up for each disk.
-    """
-    wanted = collections.Counter()  # {disk: GB}
-    for purpose, folder, size in needs:
-        path = Path(folder).absolute()
-        while not path.exists():  # the folder may not have been made yet
-            path = path.parent
-        disk = path.stat().st_dev
-        free = shutil.disk_usage(path).free / 1e9
-        wanted[disk] += size / 1e9
-        print(f"{purpose}: about {size / 1e9:.2f} GB in {folder} ({free:.2f} GB free)")
-        if wanted[disk] > free:
-            raise ValueError(f"{folder}: {wanted[disk]:.2f} GB needed on that disk, {free:.2f} "
-                             f"free: make room, or move --out or --downloads")

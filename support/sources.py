@@ -1,14 +1,8 @@
-"""Where a text comes from: the files of a source, the space they need, and what is made of them."""
+"""Where a text comes from: the files of a source, and what is made of them."""
 from pathlib import Path
 
 from support.download import HUB, SOURCES
 from support.files import sha256
-
-# Estimates for the check of disk space: bytes of text per byte of a packed file, and bytes of .bin
-# per byte of text.
-UNPACKED = {".gz": 2.7}
-BIN_PER_TEXT = {"gpt2": 0.6, "words": 1, "bytes": 2}
-
 
 def default_folder(source):
     """The folder of a source: data/tinystories, or data/my for .../my.txt.
@@ -85,20 +79,6 @@ def origin(path):
     if path.name in HUB:
         return HUB[path.name][0] + path.name
     return f"{path.parent}/{path.name}"
-
-
-def space_for_text(sizes, local, downloads, out, tokenizer):
-    """The needs for check_space. sizes: {path of a file to read: bytes}."""
-    needs = []
-    if not local:
-        # Files that are there, whole or in part (name.part), need not be downloaded again.
-        there = 0
-        for path in sizes:
-            there += sum(found.stat().st_size for found in path.parent.glob(path.name + "*"))
-        needs.append(("downloads", downloads, max(0, sum(sizes.values()) - there)))
-    text = sum(size * UNPACKED.get(path.suffix, 1) for path, size in sizes.items())
-    needs.append(("tokens", out, text * BIN_PER_TEXT[tokenizer]))
-    return needs
 
 
 def check_text_numbers(vocab_size, separator, val_fraction, workers):

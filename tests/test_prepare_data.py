@@ -589,16 +589,6 @@ def test_disk_full(monkeypatch):
     assert contents("o") == {}
 
 
-def test_disk_too_small(monkeypatch):
-    small = types.SimpleNamespace(free=10 ** 10)
-    monkeypatch.setattr(data_folder.shutil, "disk_usage", lambda _: small)
-    # 4.7 GB of downloads fit, and the 25 GB of tokens do not.
-    said = complaint("openwebtext --tokenizer bytes --out p")
-    assert "needed" in said
-    assert "10.00 free" in said
-    assert not Path("p").exists()
-
-
 # Command lines that must fail, and what the message must contain.
 BAD = {
     "facts --people 0": "from 1",
