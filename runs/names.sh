@@ -8,8 +8,10 @@ for names in apart single; do
     $python prepare_data.py --names $names --out data/facts-$names
     for seed in 1 2 3; do
         run $names-dense-$seed --ffn dense --data data/facts-$names --seed $seed
-        run $names-memory-$seed --data data/facts-$names --seed $seed
-        run $names-hash-$seed --ffn hash --value-lr 4e-2 --data data/facts-$names --seed $seed
+        run $names-memory-$seed $adamw --value-lr 1.6e-1 --data data/facts-$names \
+            --seed $seed
+        run $names-hash-$seed --ffn hash $adamw --value-lr 4e-2 --data data/facts-$names \
+            --seed $seed
     done
 done
 finish

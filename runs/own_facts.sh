@@ -31,7 +31,7 @@ train() {
     if [[ $kind == moe ]]; then
         flags+=(--expert-lr "$second")
     elif [[ $second ]]; then
-        flags+=(--value-lr "$second")
+        flags+=($adamw --value-lr "$second")
     fi
     run "$name" "${flags[@]}" --data "data/own-$tokens" --batch-size 64 --max-steps 1447 \
         --seed "$seed"

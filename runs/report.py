@@ -163,7 +163,8 @@ def names_table(runs):
     for names, example in NAMES.items():
         row = [example]
         for kind in ("dense", "memory", "hash"):
-            row += spreads(runs, f"{names}-{kind}", ["facts recalled"])
+            name = f"{names}-{kind}".replace("facts-memory", "adamw-memory")
+            row += spreads(runs, name, ["facts recalled"])
         rows.append(row)
     return markdown(["people are named", "dense", "Memory", "hash"], rows)
 
@@ -252,10 +253,10 @@ def teach_table(runs):
 
 # Flags besides --seed 1: the run.
 VARIANTS = {
-    "the default": "facts-memory-1",
+    "the default": "adamw-memory-1",
     "`--mem-heads 2 --mem-topk 64`": "variant-h2-k64",
     "`--mem-heads 2`": "variant-h2",
-    "`--mem-topk 8`": "facts-k8-1",
+    "`--mem-topk 8`": "adamw-k8-1",
     "`--mem-layers 1,2 --mem-topk 16` (two layers, one table)": "variant-two-layers",
     "`--mem-gate`": "variant-gate",
     "`--qk-norm`": "variant-qknorm",
@@ -264,10 +265,10 @@ VARIANTS = {
 
 
 def reads_table(runs):
-    kinds = {"32 (the default)": "facts-memory", "8": "facts-k8"}
-    rows = [[title, f"{flops(runs, kind):,}", *spreads(runs, kind, ["facts recalled"]),
-             time(runs, kind)] for title, kind in kinds.items()]
-    return markdown(["`--mem-topk`", "FLOPs per token", "facts recalled", "training time"], rows)
+    kinds = {"32 (the default)": "adamw-memory", "8": "adamw-k8"}
+    rows = [[title, f"{flops(runs, kind):,}", *spreads(runs, kind, ["facts recalled"])]
+            for title, kind in kinds.items()]
+    return markdown(["`--mem-topk`", "FLOPs per token", "facts recalled"], rows)
 
 
 def variants_table(runs):
@@ -278,35 +279,32 @@ def variants_table(runs):
 
 
 # Slots: the runs with AdamW, those with RowAdam.
-ROW = {"16,384": ("facts-memory", "row-memory"), "65,536": ("facts-n256", "row-n256"),
-       "262,144": ("facts-n512", "row-n512")}
+ROW = {"16,384": ("adamw-memory", "facts-memory"), "65,536": ("adamw-n256", "facts-n256"),
+       "262,144": ("adamw-n512", "facts-n512")}
 
 
 def row_table(runs):
-    """AdamW and RowAdam on tables of three sizes, with the seeds that both have."""
+    """AdamW and RowAdam on tables of three sizes."""
     rows = []
     for slots, kinds in ROW.items():
-        adamw, row = (seeds(runs, kind) for kind in kinds)
-        adamw = adamw[:len(row)]
-        for title, of_kind in (("AdamW", adamw), ("RowAdam", row)):
-            recall = [result["recall"] for result in of_kind]
-            ahead = [result["recall"] - other["recall"] for result, other in zip(of_kind, adamw)]
-            rows.append([slots, title, str(len(recall)), spread(recall, 3),
-                         spread(ahead, 3) if any(ahead) else "",
-                         spread([result["val_loss"] for result in of_kind], 4)])
+        for title, kind in zip(("AdamW", "RowAdam"), kinds):
+            rows.append([slots, title, str(len(seeds(runs, kind))),
+                         spread(values(runs, kind, "recall"), 3),
+                         spread(values(runs, kind, "val_loss"), 4),
+                         f"{mean(runs, kind, 'memory_usage'):.0%}"])
     return markdown(["slots", "optimizer of the table", "seeds", "facts recalled",
-                     "more than AdamW, seed by seed", "validation loss"], rows)
+                     "validation loss", "slots used"], rows)
 
 
 # How the run is named: what differs from the defaults.
 ROW_TUNING = {
-    "row-memory": "the default: rate 0.32, half-keys at a third",
+    "facts-memory": "the default: rate 0.32, half-keys at a third",
     "row-1.6e-1": "rate 0.16",
     "row-6.4e-1": "rate 0.64",
     "row-keys-0.1": "half-keys at a tenth",
     "row-keys-1": "half-keys at the full rate",
     "row-6.4e-1-keys-1": "rate 0.64, half-keys at the full rate",
-    "facts-memory": "AdamW, rate 0.16, half-keys at the full rate",
+    "adamw-memory": "AdamW, rate 0.16, half-keys at the full rate",
     "adamw-keys": "AdamW, rate 0.16, half-keys at a third"}
 
 
@@ -325,7 +323,8 @@ OLDER = {
     "8 blocks: Memory, three layers that share a table / one layer": ("deep-three", "deep-memory"),
     "8 blocks: Memory+ / Memory, three layers each": ("deep-plus", "deep-three"),
     "Memory+, table in bfloat16 / in float32": ("facts-bf16", "facts-plus-6.4e-1"),
-    "262,144 slots, with a loss against uneven use / without": ("balance-1e-2", "facts-n512"),
+    "262,144 slots, with a loss against uneven use / without": ("balance-1e-2", "adamw-n512"),
+    "16,384 slots, two processes that share the table / one": ("facts-2ranks", "adamw-memory"),
 }
 
 
@@ -337,15 +336,6 @@ def older_table(runs):
         for key in ("recall", "val_loss"):
             row.append(" / ".join(spread(values(runs, kind, key), 3) for kind in kinds))
         rows.append(row)
-    return markdown(["", "facts recalled", "validation loss"], rows)
-
-
-def ranks_table(runs):
-    rows = []
-    for title, kind in (("one process", "facts-memory"), ("two processes", "facts-2ranks")):
-        results = seeds(runs, kind)[:3]  # facts-memory has five
-        rows.append([title, spread([result["recall"] for result in results], 3),
-                     spread([result["val_loss"] for result in results], 3)])
     return markdown(["", "facts recalled", "validation loss"], rows)
 
 
@@ -366,7 +356,7 @@ TUNING = ["", "rate", "of the table or experts", "validation loss", "facts recal
 SECOND_RATE = {"MoE": "expert_lr", "hash": "value_lr", "PEER": "value_lr", "UltraMem": "value_lr",
                "Memory": "value_lr", "Memory+": "value_lr"}
 # Kinds of the sweep.
-TUNED = DENSE | {title: MAIN[title] for title in SECOND_RATE}
+TUNED = DENSE | {title: MAIN[title] for title in SECOND_RATE} | {"Memory": "adamw-memory"}
 def tuned(runs, kind):
     """Seed 1 of a kind, and the runs that differ from it in their rates alone."""
     swept = re.compile(f"tune-{kind.removeprefix('facts-')}-" + r"\d")
@@ -430,7 +420,6 @@ TABLES = {
                          tuning_table, own_tuning_table, text_tuning_table, variants_table,
                          older_table],
     "docs/speed.md": [steps_table],
-    "docs/parallel.md": [ranks_table],
 }
 END = "<!-- report: end -->"
 

@@ -78,10 +78,10 @@ STEP_OF |= {kind: f"Memory, {slots} slots" for slots, kind in SLOTS.items()}
 STEP_OF |= {
     "facts-memory": "Memory",
     "facts-dense-long": "dense",
-    "facts-k8": "Memory, K = 8",
+    "adamw-k8": "Memory, K = 8",
 }
 # Runs whose scripts are gone: the beginning of their names. The scripts are in the commit e935677.
-RETIRED = ("deep-", "balance-", "variant-", "facts-bf16-", "facts-plus-6.4e-1-",
+RETIRED = ("facts-2ranks-", "deep-", "balance-", "variant-", "facts-bf16-", "facts-plus-6.4e-1-",
            "tune-ultramem-end-")
 # The learning rates: of all, of a table, of experts
 RATES = ("learning_rate", "value_lr", "expert_lr")

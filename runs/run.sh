@@ -12,8 +12,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python}
-# What each run has before its own flags. Most results are older than RowAdam: AdamW trained tables.
-table="--table-optimizer adamw --half-key-share 1 --value-lr 1.6e-1"
+# For a table that AdamW trains. Most results of the rivals are older than RowAdam.
+adamw="--table-optimizer adamw --half-key-share 1"
 at_once=${JOBS:-1}
 if ((at_once > 1)); then
     cores=$(nproc)
@@ -46,7 +46,7 @@ wait_for_one() {
 
 run() {
     if ((at_once == 1)); then
-        run_by "$python" "$@"
+        train_into "$@"
         return
     fi
     while (($(jobs -rp | wc -l) >= at_once)); do
@@ -54,7 +54,7 @@ run() {
     done
     mkdir -p out
     set -m  # a process group of its own, so that it can be stopped with all that it started
-    run_by "$python" "$@" >> "out/$1.txt" 2>&1 &
+    train_into "$@" >> "out/$1.txt" 2>&1 &
     set +m
 }
 
@@ -65,24 +65,17 @@ finish() {
     done
 }
 
-# The same in two processes. Each has one CPU thread, or a GPU of its own. This is torchrun under
-# its other name.
-run_by_two() {
-    run_by "$python -m torch.distributed.run --standalone --nproc_per_node=2" "$@"
-}
-
-# run_by LAUNCHER NAME FLAGS...
-run_by() {
-    local launcher=$1
-    local out=out/$2
-    shift 2
+# train_into NAME FLAGS...
+train_into() {
+    local out=out/$1
+    shift
     if [[ -e $out/result.json ]]; then
         echo "$out is finished"
     elif [[ -e $out/config.json ]]; then
         echo "$out goes on"
-        $launcher train.py --resume --out-dir "$out"
+        $python train.py --resume --out-dir "$out"
     else
         echo "$out starts"
-        $launcher train.py $table "$@" --out-dir "$out"
+        $python train.py "$@" --out-dir "$out"
     fi
 }

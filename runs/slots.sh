@@ -5,15 +5,15 @@
 source "$(dirname "${BASH_SOURCE[0]}")/run.sh"
 
 for seed in 1 2 3; do
-    run facts-n32-$seed --mem-n-keys 32 --seed $seed
-    run facts-n64-$seed --mem-n-keys 64 --seed $seed
+    run facts-n32-$seed $adamw --value-lr 1.6e-1 --mem-n-keys 32 --seed $seed
+    run facts-n64-$seed $adamw --value-lr 1.6e-1 --mem-n-keys 64 --seed $seed
     run facts-memory-$seed --seed $seed
     run facts-n256-$seed --mem-n-keys 256 --seed $seed
     run facts-n512-$seed --mem-n-keys 512 --seed $seed
     run facts-dense-$seed --ffn dense --seed $seed
     run facts-dense2-$seed --ffn dense --n-embd 96 --seed $seed
     run facts-dense4-$seed --ffn dense --n-embd 144 --learning-rate 1.5e-3 --seed $seed
-    run facts-k8-$seed --mem-topk 8 --seed $seed
+    run adamw-k8-$seed $adamw --value-lr 1.6e-1 --mem-topk 8 --seed $seed
 done
 finish
 $python train.py --compare out/facts-dense-[123] out/facts-n32-[123] out/facts-n64-[123] \

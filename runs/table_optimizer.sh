@@ -1,19 +1,17 @@
 #!/usr/bin/env bash
 # Does a table need two moments for each number? RowAdam keeps one number per row and no momentum.
-# The defaults at three sizes, beside the AdamW runs of slots.sh; then other rates of the table and
-# of the half-keys. 21 runs, an hour and a half on two cores.
+# AdamW at three sizes, beside RowAdam in slots.sh and baselines.sh; then other rates of the table
+# and of the half-keys. 23 runs, two hours on two cores.
 source "$(dirname "${BASH_SOURCE[0]}")/run.sh"
-table=""
 
-for seed in 1 2 3 4 5; do
-    run row-memory-$seed --seed $seed
-done
 for seed in 1 2 3; do
-    run row-n256-$seed --mem-n-keys 256 --seed $seed
+    run adamw-n256-$seed $adamw --value-lr 1.6e-1 --mem-n-keys 256 --seed $seed
+    run adamw-n512-$seed $adamw --value-lr 1.6e-1 --mem-n-keys 512 --seed $seed
 done
-for seed in 1 2; do
-    run row-n512-$seed --mem-n-keys 512 --seed $seed
+for seed in 1 2 3 4 5; do
+    run adamw-memory-$seed $adamw --value-lr 1.6e-1 --seed $seed
 done
+run adamw-n512-6.4e-1-1 $adamw --value-lr 6.4e-1 --mem-n-keys 512 --seed 1
 
 for seed in 1 2 3; do
     run row-6.4e-1-$seed --value-lr 6.4e-1 --seed $seed

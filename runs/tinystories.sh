@@ -3,7 +3,6 @@
 # of the preset, which were never tuned. Not run in full yet. Then compare them: loss over tokens,
 # FLOPs and time in out/compare.png.
 source "$(dirname "${BASH_SOURCE[0]}")/run.sh"
-table="--table-optimizer adamw --half-key-share 1"
 
 $python prepare_data.py tinystories
 for seed in 1 2 3; do

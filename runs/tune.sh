@@ -22,41 +22,51 @@ run tune-moe-6e-3-3e-3 --ffn moe --learning-rate 6e-3 --expert-lr 3e-3 --seed 1
 run tune-moe-3e-3-7.5e-4 --ffn moe --learning-rate 3e-3 --expert-lr 7.5e-4 --seed 1
 run tune-moe-3e-3-1.2e-2 --ffn moe --learning-rate 3e-3 --expert-lr 1.2e-2 --seed 1
 
-run tune-hash-1.5e-3-4e-2 --ffn hash --learning-rate 1.5e-3 --value-lr 4e-2 --seed 1
-run tune-hash-6e-3-4e-2 --ffn hash --learning-rate 6e-3 --value-lr 4e-2 --seed 1
-run tune-hash-3e-3-1e-2 --ffn hash --learning-rate 3e-3 --value-lr 1e-2 --seed 1
-run tune-hash-3e-3-1.6e-1 --ffn hash --learning-rate 3e-3 --value-lr 1.6e-1 --seed 1
+run tune-hash-1.5e-3-4e-2 --ffn hash $adamw --learning-rate 1.5e-3 --value-lr 4e-2 --seed 1
+run tune-hash-6e-3-4e-2 --ffn hash $adamw --learning-rate 6e-3 --value-lr 4e-2 --seed 1
+run tune-hash-3e-3-1e-2 --ffn hash $adamw --learning-rate 3e-3 --value-lr 1e-2 --seed 1
+run tune-hash-3e-3-1.6e-1 --ffn hash $adamw --learning-rate 3e-3 --value-lr 1.6e-1 --seed 1
 
-run tune-peer-3e-3-4e-2 --ffn peer --learning-rate 3e-3 --value-lr 4e-2 --seed 1
-run tune-peer-3e-3-1e-2 --ffn peer --learning-rate 3e-3 --value-lr 1e-2 --seed 1
-run tune-peer-3e-3-3e-3 --ffn peer --learning-rate 3e-3 --value-lr 3e-3 --seed 1
-run tune-peer-7.5e-4-1e-2 --ffn peer --learning-rate 7.5e-4 --value-lr 1e-2 --seed 1
+run tune-peer-3e-3-4e-2 --ffn peer $adamw --learning-rate 3e-3 --value-lr 4e-2 --seed 1
+run tune-peer-3e-3-1e-2 --ffn peer $adamw --learning-rate 3e-3 --value-lr 1e-2 --seed 1
+run tune-peer-3e-3-3e-3 --ffn peer $adamw --learning-rate 3e-3 --value-lr 3e-3 --seed 1
+run tune-peer-7.5e-4-1e-2 --ffn peer $adamw --learning-rate 7.5e-4 --value-lr 1e-2 --seed 1
 
-run tune-ultramem-7.5e-4-1.6e-1 --ffn ultramem --learning-rate 7.5e-4 --value-lr 1.6e-1 --seed 1
-run tune-ultramem-1.5e-3-4e-2 --ffn ultramem --learning-rate 1.5e-3 --value-lr 4e-2 --seed 1
-run tune-ultramem-1.5e-3-6.4e-1 --ffn ultramem --learning-rate 1.5e-3 --value-lr 6.4e-1 --seed 1
-run tune-ultramem-3e-3-4e-2 --ffn ultramem --learning-rate 3e-3 --value-lr 4e-2 --seed 1
-run tune-ultramem-3e-3-1.6e-1 --ffn ultramem --learning-rate 3e-3 --value-lr 1.6e-1 --seed 1
-run tune-ultramem-3e-3-6.4e-1 --ffn ultramem --learning-rate 3e-3 --value-lr 6.4e-1 --seed 1
-run tune-ultramem-6e-3-4e-2 --ffn ultramem --learning-rate 6e-3 --value-lr 4e-2 --seed 1
+run tune-ultramem-7.5e-4-1.6e-1 --ffn ultramem $adamw --learning-rate 7.5e-4 \
+    --value-lr 1.6e-1 --seed 1
+run tune-ultramem-1.5e-3-4e-2 --ffn ultramem $adamw --learning-rate 1.5e-3 --value-lr 4e-2 --seed 1
+run tune-ultramem-1.5e-3-6.4e-1 --ffn ultramem $adamw --learning-rate 1.5e-3 \
+    --value-lr 6.4e-1 --seed 1
+run tune-ultramem-3e-3-4e-2 --ffn ultramem $adamw --learning-rate 3e-3 --value-lr 4e-2 --seed 1
+run tune-ultramem-3e-3-1.6e-1 --ffn ultramem $adamw --learning-rate 3e-3 --value-lr 1.6e-1 --seed 1
+run tune-ultramem-3e-3-6.4e-1 --ffn ultramem $adamw --learning-rate 3e-3 --value-lr 6.4e-1 --seed 1
+run tune-ultramem-6e-3-4e-2 --ffn ultramem $adamw --learning-rate 6e-3 --value-lr 4e-2 --seed 1
 
-run tune-memory-1.5e-3-1.6e-1 --learning-rate 1.5e-3 --value-lr 1.6e-1 --seed 1
-run tune-memory-6e-3-1.6e-1 --learning-rate 6e-3 --value-lr 1.6e-1 --seed 1
-run tune-memory-3e-3-1e-2 --learning-rate 3e-3 --value-lr 1e-2 --seed 1
-run tune-memory-3e-3-4e-2 --learning-rate 3e-3 --value-lr 4e-2 --seed 1
-run tune-memory-3e-3-8e-2 --learning-rate 3e-3 --value-lr 8e-2 --seed 1
-run tune-memory-3e-3-6.4e-1 --learning-rate 3e-3 --value-lr 6.4e-1 --seed 1
+run tune-adamw-memory-1.5e-3-1.6e-1 $adamw --learning-rate 1.5e-3 --value-lr 1.6e-1 --seed 1
+run tune-adamw-memory-6e-3-1.6e-1 $adamw --learning-rate 6e-3 --value-lr 1.6e-1 --seed 1
+run tune-adamw-memory-3e-3-1e-2 $adamw --learning-rate 3e-3 --value-lr 1e-2 --seed 1
+run tune-adamw-memory-3e-3-4e-2 $adamw --learning-rate 3e-3 --value-lr 4e-2 --seed 1
+run tune-adamw-memory-3e-3-8e-2 $adamw --learning-rate 3e-3 --value-lr 8e-2 --seed 1
+run tune-adamw-memory-3e-3-6.4e-1 $adamw --learning-rate 3e-3 --value-lr 6.4e-1 --seed 1
 
-run tune-plus-1.5e-3-1.6e-1 --mem-gate --qk-norm --learning-rate 1.5e-3 --value-lr 1.6e-1 --seed 1
-run tune-plus-6e-3-1.6e-1 --mem-gate --qk-norm --learning-rate 6e-3 --value-lr 1.6e-1 --seed 1
-run tune-plus-3e-3-4e-2 --mem-gate --qk-norm --learning-rate 3e-3 --value-lr 4e-2 --seed 1
-run tune-plus-3e-3-1.6e-1 --mem-gate --qk-norm --learning-rate 3e-3 --value-lr 1.6e-1 --seed 1
-run tune-plus-3e-3-6.4e-1 --mem-gate --qk-norm --learning-rate 3e-3 --value-lr 6.4e-1 --seed 1
-run tune-plus-3e-3-2.56 --mem-gate --qk-norm --learning-rate 3e-3 --value-lr 2.56 --seed 1
-run tune-plus-1.5e-3-6.4e-1 --mem-gate --qk-norm --learning-rate 1.5e-3 --value-lr 6.4e-1 --seed 1
-run tune-plus-7.5e-4-6.4e-1 --mem-gate --qk-norm --learning-rate 7.5e-4 --value-lr 6.4e-1 --seed 1
-run tune-plus-7.5e-4-2.56 --mem-gate --qk-norm --learning-rate 7.5e-4 --value-lr 2.56 --seed 1
-run tune-plus-1.5e-3-10.24 --mem-gate --qk-norm --learning-rate 1.5e-3 --value-lr 10.24 --seed 1
+run tune-plus-1.5e-3-1.6e-1 --mem-gate --qk-norm $adamw --learning-rate 1.5e-3 \
+    --value-lr 1.6e-1 --seed 1
+run tune-plus-6e-3-1.6e-1 --mem-gate --qk-norm $adamw --learning-rate 6e-3 \
+    --value-lr 1.6e-1 --seed 1
+run tune-plus-3e-3-4e-2 --mem-gate --qk-norm $adamw --learning-rate 3e-3 --value-lr 4e-2 --seed 1
+run tune-plus-3e-3-1.6e-1 --mem-gate --qk-norm $adamw --learning-rate 3e-3 \
+    --value-lr 1.6e-1 --seed 1
+run tune-plus-3e-3-6.4e-1 --mem-gate --qk-norm $adamw --learning-rate 3e-3 \
+    --value-lr 6.4e-1 --seed 1
+run tune-plus-3e-3-2.56 --mem-gate --qk-norm $adamw --learning-rate 3e-3 --value-lr 2.56 --seed 1
+run tune-plus-1.5e-3-6.4e-1 --mem-gate --qk-norm $adamw --learning-rate 1.5e-3 \
+    --value-lr 6.4e-1 --seed 1
+run tune-plus-7.5e-4-6.4e-1 --mem-gate --qk-norm $adamw --learning-rate 7.5e-4 \
+    --value-lr 6.4e-1 --seed 1
+run tune-plus-7.5e-4-2.56 --mem-gate --qk-norm $adamw --learning-rate 7.5e-4 \
+    --value-lr 2.56 --seed 1
+run tune-plus-1.5e-3-10.24 --mem-gate --qk-norm $adamw --learning-rate 1.5e-3 \
+    --value-lr 10.24 --seed 1
 
 # More experts, each of half the size.
 run tune-experts-256 --ffn moe --moe-experts 256 --seed 1

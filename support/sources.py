@@ -4,6 +4,7 @@ from pathlib import Path
 from support.download import HUB, SOURCES
 from support.files import sha256
 
+
 def default_folder(source):
     """The folder of a source: data/tinystories, or data/my for .../my.txt.
 

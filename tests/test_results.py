@@ -202,7 +202,7 @@ def predicted_by_the_others(kinds):
 
 
 WIDER = ["facts-dense2", "facts-dense4", "facts-dense208"]
-WITHOUT = RUNS["facts-n512-1"]  # without a loss against uneven use
+WITHOUT = RUNS["adamw-n512-1"]  # without a loss against uneven use
 TOKENS = WITHOUT["tokens"] / WITHOUT["max_steps"]  # of a step
 READ_AT_MOST = TOKENS * 128 / 512**2
 ONCE = [read(kind, 1) for kind in MAIN.values()]
@@ -250,8 +250,8 @@ CLAIMS = [
     ("At about equal FLOPs, {:.1f} to {:.1f} M per token, dense recalls {:.2f} and memory {:.2f} "
      "to {:.2f}.", [flops("facts-n32") / 1e6, flops("facts-n512") / 1e6,
                  *recalls("facts-dense", "facts-n32", "facts-n512")]),
-    ("At equal recall, dense takes {:.1f} M FLOPs per token and trains {:.2f} times as long as the "
-     "small dense model. Memory with 16,384 slots takes {:.1f} M FLOPs and trains {:.2f} times as "
+    ("For a little less recall, dense takes {:.1f} M FLOPs per token and trains {:.2f} times as "
+     "long as the small dense model. Memory with 16,384 slots takes {:.1f} M FLOPs and trains {:.2f} times as "
      "long.", [flops("facts-dense208") / 1e6, time("facts-dense208"),
                flops("facts-memory") / 1e6, time("facts-memory")]),
     ("The three mixtures recall {:.2f}, {:.2f} and {:.2f}. The tables of the same sizes recall "
@@ -295,11 +295,11 @@ CLAIMS = [
     ("Its loss is {:.2f} on stories and {:.2f} on pages. Dense has {:.2f} and {:.2f}, and with "
      "twice the steps {:.2f} and {:.2f}.",
      [*losses("hash"), *losses("dense"), *losses("dense" + TWICE)]),
-    ("Memory has {:.2f} and {:.2f}, Memory+ {:.2f} and {:.2f}, MoE {:.2f} and {:.2f}.",
+    ("it has {:.2f} and {:.2f}, Memory+ {:.2f} and {:.2f}, MoE {:.2f} and {:.2f}.",
      [*losses("Memory"), *losses("Memory+"), *losses("MoE")]),
-    ("its loss is {:.2f} higher on pages. The loss of Memory+ is {:.2f} and {:.2f} higher, that of "
-     "MoE {:.2f} and {:.2f}.",
-     [above_dense("Memory")[1], *above_dense("Memory+"), *above_dense("MoE")]),
+    ("its loss is {:.2f} and {:.2f} lower.", [-above for above in above_dense("Memory")]),
+    ("The loss of Memory+ is {:.2f} and {:.2f} higher, that of MoE {:.2f} and {:.2f}.",
+     [*above_dense("Memory+"), *above_dense("MoE")]),
     ("the loss of Memory+ is {:.2f} below that of dense on stories, where the seeds overlap, and "
      "{:.2f} on pages",
      [dense - plus for dense, plus in zip(losses("dense" + TWICE), losses("Memory+" + TWICE))]),
@@ -309,7 +309,7 @@ CLAIMS = [
     ("the best loss of Memory+ in 8 blocks is {:.3f} instead of {:.3f} (seed 1).",
      loss_of("deep-open-1", "deep-plus-1")),
     ("a step reads {:.3f} of the 262,144 slots, with it {:.3f}. At most {:.2f} is possible.",
-     [mean("facts-n512", "memory_usage"), mean("balance-1e-2", "memory_usage"), READ_AT_MOST]),
+     [mean("adamw-n512", "memory_usage"), mean("balance-1e-2", "memory_usage"), READ_AT_MOST]),
     # Teaching
     ("With 4,096 slots, {:.1%} of the old facts are lost. If the whole model learns, at a rate of "
      "1e-4, {:.0%} are lost: about {:.0f} times as many.",
@@ -329,11 +329,8 @@ CLAIMS = [
     ("On web pages its loss is {:.2f}, that of dense {:.2f} and that of Memory {:.2f}.",
      [losses(title)[1] for title in ("hash", "dense", "Memory")]),
     ("Memory+ recalls no more than Memory on the invented facts ({:.3f} and {:.3f}), and its table "
-     "needs a rate {:.0f} times as high. With 8 blocks and three layers it recalls {:.3f}, Memory "
-     "with one layer {:.3f}.",
-     [*recalls("facts-plus", "facts-memory"),
-      RUNS["facts-plus-1"]["value_lr"] / RUNS["facts-memory-1"]["value_lr"],
-      *recalls("deep-plus", "deep-memory")]),
+     "needs a much higher rate. With 8 blocks and three layers it recalls {:.3f}, Memory with one "
+     "layer {:.3f}.", recalls("facts-plus", "facts-memory", "deep-plus", "deep-memory")),
     ("but recalls less than Memory ({:.3f} and {:.3f}) and takes longer.",
      recalls("facts-ultramem", "facts-memory")),
     ("at equal time the gain over dense falls from {:.1f} times to {:.1f} times.",
@@ -346,20 +343,23 @@ CLAIMS = [
     ("With {:.0f}, {:.0f}, {:.0f}, {:.0f} and {:.0f} slots per 100 facts, recall is {:.2f}, "
      "{:.2f}, {:.2f}, {:.2f} and {:.2f}.",
      [*[int(slots.replace(",", "")) / 400 for slots in SLOTS], *recalls(*SLOTS.values())]),
-    ("recall falls from {:.2f} to {:.2f}, and training takes {:.2f} times as long as dense instead "
-     "of {:.2f} times.",
-     [*recalls("facts-memory", "facts-k8"), time("facts-k8"), time("facts-memory")]),
-    ("give the table {:.0f} times that.", [factor("facts-memory-1")]),
-    ("The best factor of Memory was {:.0f} on real facts with words, {:.0f} with bytes, and {:.0f} "
-     "and {:.0f} on ordinary text. For Memory+ it was {:,.0f} in three blocks and {:.0f} in eight.",
-     [factor(f"{name}-1") for name in (
-         "own-words-memory", "own-bytes-memory", "text-stories-memory", "text-web-memory",
-         "facts-plus", "deep-plus")]),
+    ("recall falls from {:.2f} to {:.2f} (AdamW), and training takes {:.2f} times as long as dense "
+     "instead of {:.2f} times.",
+     [*recalls("adamw-memory", "adamw-k8"), time("adamw-k8"), time("facts-memory")]),
+    ("a table that RowAdam trains {:.0f} times that.", [factor("facts-memory-1")]),
+    ("On ordinary text, {:.0f} and {:.0f} times were best.",
+     [factor(f"text-{text}-memory-1") for text in TEXTS]),
+    ("the best factor of Memory was {:.0f} on real facts with words and {:.0f} with bytes, and "
+     "that of Memory+ {:,.0f}.",
+     [factor(f"{name}-1") for name in ("own-words-memory", "own-bytes-memory", "facts-plus")]),
+    # One number per row
+    ("AdamW recalls {:.3f} at 262,144 slots instead of {:.3f} (seed 1), and RowAdam {:.3f}.",
+     recall_of("adamw-n512-6.4e-1-1", "adamw-n512-1", "facts-n512-1")),
     ("Two layers that share the table recall {:.2f} with as many reads in all, one layer {:.2f}",
-     recall_of("variant-two-layers", "facts-memory-1")),
+     recall_of("variant-two-layers", "adamw-memory-1")),
     # Tuning
     ("{:.0f} times for Memory. With 1e-2 it recalls {:.3f}, with 1.6e-1 {:.3f}.",
-     [factor("facts-memory-1"), *recall_of("tune-memory-3e-3-1e-2", "facts-memory-1")]),
+     [factor("adamw-memory-1"), *recall_of("tune-adamw-memory-3e-3-1e-2", "adamw-memory-1")]),
     ("With 1.6e-1 it recalls {:.3f}, with 2.56 (and 1.5e-3 for the rest) {:.3f}.",
      recall_of("tune-plus-3e-3-1.6e-1", "facts-plus-1")),
     ("with 3e-3 and 4e-2, it recalls {:.3f}, less than dense. At its best it recalls {:.3f}:",
@@ -470,7 +470,7 @@ def test_memory_beside_width_and_experts():
     memory = [of_memory_as_large(kind, mean) for kind in WIDER]
     assert f"{dense[0]:.2f}" == f"{memory[0]:.2f}", "level with 0.4 M parameters"
     assert dense[1] < memory[1] and dense[2] < memory[2]
-    assert abs(mean("facts-dense208") - mean("facts-memory")) < deviation("facts-dense208")
+    assert 0 < mean("facts-memory") - mean("facts-dense208") < 0.05, "a little less"
     assert max(recalls(*EXPERTS.values())) < mean("facts-n64")
     assert mean("facts-dense208", "bits_per_param") < mean("facts-memory", "bits_per_param")
 
@@ -511,13 +511,13 @@ def test_ordinary_text(text):
     def overlap(title, other):
         return max(seeds[title]) > min(seeds[other])
 
-    assert overlap("Memory", "dense") and overlap("Memory+", "dense")
+    assert not overlap("Memory", "dense") and overlap("Memory+", "dense")
     assert overlap("MoE", "dense") == (text == "stories")
     assert overlap("Memory+" + TWICE, "dense" + TWICE) == (text == "stories")
     at_equal_time = {title: above_dense(title)[TEXTS.index(text)]
                      for title in ("Memory", "Memory+", "MoE")}
     assert min(at_equal_time["Memory+"], at_equal_time["MoE"]) > 0
-    assert at_equal_time["Memory"] > (-0.03 if text == "stories" else 0)
+    assert at_equal_time["Memory"] < 0
 
 
 def test_deeper_models():
@@ -532,13 +532,13 @@ def test_deeper_models():
 
 def test_a_loss_against_uneven_use_changes_usage_alone():
     for seed in (1, 2, 3):
-        without = RUNS[f"facts-n512-{seed}"]
+        without = RUNS[f"adamw-n512-{seed}"]
         balanced = RUNS[f"balance-1e-2-{seed}"]
         assert balanced["memory_usage"] > without["memory_usage"]
         assert balanced["memory_kl"] < without["memory_kl"]
     for key in ("recall", "val_loss"):
-        change = mean("balance-1e-2", key) - mean("facts-n512", key)
-        assert abs(change) < deviation("facts-n512", key)
+        change = mean("balance-1e-2", key) - mean("adamw-n512", key)
+        assert abs(change) < deviation("adamw-n512", key)
 
 
 def test_the_study_uses_the_rates_with_the_lowest_loss():
@@ -561,11 +561,20 @@ def test_the_goal_of_teaching():
         assert len(lessons) == 3 and all(lesson["after"][0] >= 0.95 for lesson in lessons)
     assert lost("teach-slots-4096") < lost("teach-full-1e-4") / 5
     assert lost("teach-all-values-3") <= 1.2 * lost("teach-slots-4096")
-    assert lost("teach-slots-1024") > 2 * lost("teach-slots-4096")
+    learnt = [mean_and_deviation([lesson["after"][0] for lesson in results.seeds(TAUGHT, kind)])[0]
+              for kind in ("teach-slots-512", "teach-slots-1024", "teach-slots-2048")]
+    assert learnt == sorted(learnt) and learnt[-1] < 0.9, "too few slots learn too slowly"
+
+
+def test_row_adam_recalls_more():
+    for slots, (adamw, row) in report.ROW.items():
+        ours, theirs = (results.values(RUNS, kind, "recall") for kind in (row, adamw))
+        assert statistics.mean(ours) > statistics.mean(theirs)
+        assert (min(ours) > max(theirs)) == (slots != "16,384")
 
 
 def test_two_processes_learn_the_same():
-    one = results.values(RUNS, "facts-memory", "recall")[:3]
+    one = results.values(RUNS, "adamw-memory", "recall")
     assert abs(statistics.mean(one) - mean("facts-2ranks")) < statistics.stdev(one)
 
 
