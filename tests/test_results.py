@@ -251,8 +251,8 @@ CLAIMS = [
      "to {:.2f}.", [flops("facts-n32") / 1e6, flops("facts-n512") / 1e6,
                  *recalls("facts-dense", "facts-n32", "facts-n512")]),
     ("For a little less recall, dense takes {:.1f} M FLOPs per token and trains {:.2f} times as "
-     "long as the small dense model. Memory with 16,384 slots takes {:.1f} M FLOPs and trains {:.2f} times as "
-     "long.", [flops("facts-dense208") / 1e6, time("facts-dense208"),
+     "long as the small dense model. Memory with 16,384 slots takes {:.1f} M FLOPs and trains "
+     "{:.2f} times as long.", [flops("facts-dense208") / 1e6, time("facts-dense208"),
                flops("facts-memory") / 1e6, time("facts-memory")]),
     ("The three mixtures recall {:.2f}, {:.2f} and {:.2f}. The tables of the same sizes recall "
      "{:.2f}, {:.2f} and {:.2f}.",
