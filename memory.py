@@ -171,7 +171,7 @@ class MemoryTable(nn.Module):
 
         share: how many of all S slots were read at least once, in [0, 1]. KL: the divergence of the
         slots' read weights from uniform, in nats. 0 means that all slots got the same, log(S) that
-        one got everything. It counts the tokens of this rank only.
+        one got everything. These are this rank's reads, unless read_weight was summed over ranks.
         """
         weight = self.read_weight.cpu().double()  # (S,)
         share = (weight > 0).double().mean().item()
@@ -257,7 +257,7 @@ class Layer(nn.Module):
         return sum(self.param_counts().values())
 
     def written_by(self, row):
-        """About what a row of the table (D,) adds to the output when it is read: (C,)."""
+        """Roughly what a row of the table (D,) adds to the output when it is read: (C,)."""
         out = getattr(self, "out", None)
         return row if out is None else out(row)
 
@@ -394,8 +394,7 @@ class ProductKeyMemory(Layer):
 
     def parameter_groups(self):
         groups = super().parameter_groups()
-        rest = [p for p in groups[1][0] if p is not self.half_keys]
-        return [groups[0], (rest, False, "learning_rate"), ([self.half_keys], False, "half_key_lr")]
+        return [groups[0], ([self.half_keys], False, "half_key_lr")]
 
 
 # ---- the optimizer of the table
@@ -413,8 +412,8 @@ class RowAdam(torch.optim.Optimizer):
     tables: list of MemoryTable, in float32 or bfloat16, which is rounded randomly. clip: largest
     norm of the gradient, of all tables together. step() averages the gradient over the replicas of
     a mesh and clips it, since the norm needs all slices. Afterwards, `norm` is the norm before
-    clipping. On a CPU, not compiled, a step costs the rows that were read, and one pass over v: see
-    RowGradient.
+    clipping. If a forward has fewer lookups than the table has rows, a step on a CPU, not compiled,
+    costs the rows that were read, and one pass over v: see RowGradient. Else it goes over all.
     """
 
     def __init__(self, tables, lr, beta2=0.99, eps=1e-8, clip=math.inf):
@@ -469,7 +468,7 @@ class RowAdam(torch.optim.Optimizer):
 
     def update(self, table, rows, g, squares, scale):
         """Move the rows by the gradient scale * g. squares (U,): the sums of g^2 over all D."""
-        p = table.values.detach()  # torch.compile refuses a gradient of another dtype
+        p = table.values.detach()  # has no grad: torch.compile refuses one of another dtype
         group = self.param_groups[0]
         state = self.state[table.values]
         state["step"] += 1

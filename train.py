@@ -82,8 +82,8 @@ class Settings(GPTConfig):
                                     "of learning_rate", 1e-30, 1e38)
     table_optimizer: str = setting("row", "row | adamw: what trains the memory table, "
                                    "RowAdam or AdamW (float32 alone)")
-    value_lr: float = setting(5e-3, "the same for the memory table's values", 1e-30, 1e38)
-    expert_lr: float = setting(3e-3, "the same for the experts of --ffn moe", 1e-30, 1e38)
+    value_lr: float = setting(5e-3, "peak rate of the memory table's values", 1e-30, 1e38)
+    expert_lr: float = setting(3e-3, "peak rate of the experts of --ffn moe", 1e-30, 1e38)
     weight_decay: float = setting(0.1, "on matrices; "
                                   "not on embeddings, norms, half-keys and values", 0, 1e9)
     beta1: float = setting(0.9, "AdamW", 0, 1 - 1e-9)
@@ -201,7 +201,7 @@ def make_optimizers(model, s):
     """AdamW for everything but the tables, and with memory layers another optimizer for those.
 
     The layers say which of their parameters are decayed, and which setting is their rate. Returns
-    the optimizers, and for each one the parameters that train.py clips for it. RowAdam clips.
+    the optimizers, and lists of parameters to clip, one norm each. RowAdam clips by itself.
     """
     groups = []
     for (is_decayed, rate_name), parameters in model.parameter_groups().items():
@@ -278,6 +278,7 @@ class Trainer:
         else:
             self.model = GPT(s, mesh).to(device)
         self.compiled = will_compile(s.compile, device)
+        # Before make_optimizers: RowAdam makes slices trainable, and DDP must not see them.
         self.net = self.wrap()
         self.optimizers, self.clipped = make_optimizers(self.model, s)
         if resume:
@@ -395,7 +396,7 @@ def ask_facts(model, facts, meta, read, rank=0, world=1, count=None):
     Otherwise: recall, recall_by_exposures, recall_control, recall_unseen_phrasing, bits_stored and
     bits_per_param. bits_stored is facts * log2(possible answers) minus the answers' cross-entropy.
     """
-    control = facts["control"]  # (F,) bool: people who are never in the text
+    control = facts["control"]  # (F,) bool: facts about people who are never in the text
     known = np.flatnonzero(~control)
     chosen = np.arange(len(control))
     if count:
