@@ -322,10 +322,16 @@ def test_ablation_removes_the_memory(runs, say):
 # ---- the backend
 
 def test_the_backend_is_chosen_by_a_flag(runs, say, refuse, monkeypatch):
-    monkeypatch.setattr(kernel, "_backend", "auto")  # so that it is put back afterwards
+    def load(args):
+        loaded = real(args)
+        used.append(kernel.backend())
+        return loaded
+    real = sample.load
+    used = []
+    monkeypatch.setattr(sample, "load", load)
     text = say("memory", "--backend", "torch")
-    assert kernel.backend() == "torch"
     assert say("memory") == text
+    assert used == ["torch", "auto"]
     assert kernel.backend() == "auto"
     # Triton cannot run here, whether it is installed or not.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
