@@ -667,7 +667,7 @@ def test_the_commands_of_the_lesson_run(base, capsys, tmp_path, monkeypatch):
     """Every command of docs/lesson.md, in its order, on a small run. Teaching takes ten steps."""
     place = {"out/facts-memory-1337": base / "memory", "out/facts-dense-1337": base / "dense",
              "Rasia Westshaw": somebody(base), "data/facts": base / "facts",
-             "--slot 361": "--slot 47", "--ablate-block 2": "--ablate-block 0",
+             "--slot 4808": "--slot 47", "--ablate-block 2": "--ablate-block 0",
              "page.html": tmp_path / "page.html"}
     facts = recall.read_facts(base / "facts")
     for name in ("Temar Upson", "Nasia Westshaw", "Rasia Upson"):
