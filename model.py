@@ -69,7 +69,7 @@ class GPTConfig:
     mem_gate: bool = setting(True, "out = W2 (y * silu(W1 x)), Memory+")
     mem_share: bool = setting(True, "one table for all memory layers")
     mem_dtype: str = setting("float32", "float32 | bfloat16: the table's values; "
-                             "to train one takes 16 or 10 bytes a value")
+                             "RowAdam trains one in 8 or 6 bytes a value")
     qk_norm: bool = setting(True, "RMS-norm on query halves and half-keys")
     moe_experts: int = setting(0, "E experts, with as many weights in all as the memory layer's "
                                "table; 0: as many as mem_n_keys, at least 128", 0, 2**16)
