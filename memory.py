@@ -417,8 +417,9 @@ class RowAdam(torch.optim.Optimizer):
     """
 
     def __init__(self, tables, lr, beta2=0.99, eps=1e-8, clip=math.inf):
+        tables = list(dict.fromkeys(tables))  # each once, and it may be a generator
         super().__init__([table.values for table in tables], dict(lr=lr, beta2=beta2, eps=eps))
-        self.tables = list(tables)
+        self.tables = tables
         self.clip = clip
         self.norm = None
         for table in self.tables:
@@ -432,6 +433,12 @@ class RowAdam(torch.optim.Optimizer):
             self.state[p] = dict(step=0, v=v)
             if p not in ROW_GRADIENTS:
                 ROW_GRADIENTS[p] = RowGradient(p)
+
+    def add_param_group(self, param_group):
+        """Only for __init__. Raises ValueError afterwards."""
+        if self.param_groups:
+            raise ValueError("RowAdam has one group of tables: make another RowAdam for more")
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -362,3 +362,26 @@ def test_a_checkpoint_holds_one_number_per_row(data, tmp_path, few_reads):
     kept = weights(tmp_path / "row")
     assert kept["optimizers.1.0.v"].shape == (64**2,)
     assert not [name for name in kept if name.startswith("optimizers.1.") and kept[name].dim() > 1]
+
+
+def test_tables_are_taken_once_from_anything_that_yields_them():
+    """A list that names a table twice, as shared ones are, and a generator."""
+    moved = []
+    for choose in (lambda table: [table], lambda table: [table, table],
+                   lambda table: (table for _ in range(2))):
+        torch.manual_seed(0)
+        table = MemoryTable(n_keys=8, dim=4)
+        optimizer = RowAdam(choose(table), lr=0.1)
+        before = table.values.detach().clone()
+        table.values.square().sum().backward()
+        optimizer.step()
+        moved.append(table.values.detach() - before)
+    assert moved[0].any()
+    assert torch.equal(moved[0], moved[1]) and torch.equal(moved[0], moved[2])
+
+
+def test_a_second_group_is_refused():
+    tables = [MemoryTable(n_keys=8, dim=4) for _ in range(2)]
+    optimizer = RowAdam(tables[:1], lr=0.1)
+    with pytest.raises(ValueError, match="make another RowAdam for more"):
+        optimizer.add_param_group(dict(params=[tables[1].values]))
