@@ -427,12 +427,14 @@ class RowAdam(torch.optim.Optimizer):
             if p.dtype not in TRAINABLE:
                 raise ValueError(f"RowAdam trains no table in {p.dtype}: make it in float32 or "
                                  f"bfloat16")
-            p.requires_grad_(True)
+            trains = p.requires_grad or table.mesh is not None  # a slice waits for this
+            p.requires_grad_(True)  # the hooks of RowGradient need it
             p.grad_dtype = torch.promote_types(p.dtype, torch.float32)
             v = torch.zeros(len(p), dtype=p.grad_dtype, device=p.device)  # (S,)
             self.state[p] = dict(step=0, v=v)
             if p not in ROW_GRADIENTS:
                 ROW_GRADIENTS[p] = RowGradient(p)
+            p.requires_grad_(trains)
 
     def add_param_group(self, param_group):
         """Only for __init__. Raises ValueError afterwards."""

@@ -21,8 +21,8 @@ def read_meta(folder):
     path = Path(folder) / "meta.json"
     with reading(path, how_to_make(folder)):
         meta = json.loads(path.read_text("utf-8"))
-        for name, kind in (META | {name: MORE[name] for name in meta.keys() & MORE.keys()}).items():
-            if not isinstance(meta[name], kind):
+        for name, kind in META.items():
+            if name in meta.keys() | NEEDED and not isinstance(meta[name], kind):
                 raise TypeError(f"its {name} is {meta[name]!r}")
         for split in ("train", "val"):
             meta["tokens"][split] + 0  # KeyError or TypeError if it is no number
@@ -72,10 +72,10 @@ def how_to_make(folder):
             f"is there)")
 
 
-# What every meta.json holds, of which type, and what it may hold.
+# What a meta.json holds, of which type, and what of it every one holds.
 META = {"vocab_size": int, "eot": int, "tokenizer": str, "pattern": str, "tokens": dict,
-        "sha256": dict}
-MORE = {"window": int, "answers": (int, float), "settings": dict}
+        "sha256": dict, "window": int, "answers": (int, float), "settings": dict}
+NEEDED = {"vocab_size", "eot", "tokenizer", "pattern", "tokens", "sha256"}
 
 
 def is_finished(out, settings, force):

@@ -385,3 +385,10 @@ def test_a_second_group_is_refused():
     optimizer = RowAdam(tables[:1], lr=0.1)
     with pytest.raises(ValueError, match="make another RowAdam for more"):
         optimizer.add_param_group(dict(params=[tables[1].values]))
+
+
+def test_a_frozen_table_stays_frozen():
+    table = MemoryTable(n_keys=8, dim=4)
+    table.requires_grad_(False)
+    RowAdam([table], lr=0.1)
+    assert not table.values.requires_grad
