@@ -52,6 +52,7 @@ def topk_sums_brute_force(scores, K):
 # The product-key method finds the same K sums without making all n*n.
 
 @functools.cache
+@torch.inference_mode(False)  # the tensor serves for training too
 def candidates(K, device="cpu"):
     """The pairs of ranks (i, j) that can be among the K largest sums of two sorted lists.
 

@@ -24,13 +24,16 @@ B, T, C batch, tokens, channels · N tokens, B*T · H heads · K slots read per 
 n half-keys per side · S = n*n slots · D value dim · d half-key dim · P ranks that share one table
 U rows of the table that one step moves
 """
+import copy
 import functools
 import math
+import weakref
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.tensor import DTensor
 
 from kernel import gather, topk_sums, uses_triton
 
@@ -92,7 +95,6 @@ class MemoryTable(nn.Module):
         if dtype not in TRAINABLE:
             raise ValueError(f"a table in {dtype} cannot be trained: make it in float32 or "
                              f"bfloat16")
-        self.is_held = False  # whether a module has it, see note_holder
         self.std = dim**-0.5 if std is None else std
         self.n_keys = n_keys
         self.dim = dim  # D, of the whole table
@@ -121,6 +123,8 @@ class MemoryTable(nn.Module):
             whole = torch.empty(len(rows), self.dim).normal_()  # (<= 4096, D)
             whole *= torch.as_tensor(self.std, device=whole.device)
             rows.copy_(whole[:, self.dims])
+
+    reset_parameters = init_weights  # torch's name for it
 
     def read(self, slots, weights):
         """slots (N, R) int32 or int64, weights (N, R) -> their weighted sums (N, D).
@@ -179,10 +183,13 @@ class MemoryTable(nn.Module):
         return share, torch.xlogy(p, p * len(p)).sum().item()  # relative to uniform
 
 
+HELD = weakref.WeakSet()  # the tables that are part of a module
+
+
 def note_holder(module, name, part):
     """torch calls this whenever a module gets a part."""
     if isinstance(part, MemoryTable):
-        part.is_held = True
+        HELD.add(part)
 
 
 nn.modules.module.register_module_module_registration_hook(note_holder)
@@ -217,9 +224,18 @@ class Layer(nn.Module):
 
     def use_table(self, table):
         """Read this table. If no module has it yet, it becomes a part of this one."""
-        if not table.is_held:
+        if table not in HELD:
             self.own_table = table
         self.tables = [table]  # the list hides it from nn.Module
+
+    def __deepcopy__(self, memo):
+        """A copy without its model has a table of its own."""
+        is_alone = bool(self.tables) and id(self.table) not in memo
+        new = memo[id(self)] = self.__class__.__new__(self.__class__)
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        if is_alone:
+            new.own_table = new.table
+        return new
 
     @property
     def table(self):
@@ -409,8 +425,9 @@ class RowAdam(torch.optim.Optimizer):
     A row-wise second moment is usual for embedding tables (row-wise Adagrad, arXiv 1906.00091).
     Training takes 8 bytes a value in float32, 6 in bfloat16: the value and its float32 gradient.
 
-    tables: list of MemoryTable, in float32 or bfloat16, which is rounded randomly. clip: largest
-    norm of the gradient, of all tables together. step() averages the gradient over the replicas of
+    tables: list of MemoryTable, in float32 or bfloat16, which is rounded randomly. Make it after
+    the model is loaded, moved and converted. clip: largest norm of the gradient, of all tables
+    together. step() averages the gradient over the replicas of
     a mesh and clips it, since the norm needs all slices. Afterwards, `norm` is the norm before
     clipping. If a forward has fewer lookups than the table has rows, a step on a CPU, not compiled,
     costs the rows that were read, and one pass over v: see RowGradient. Else it goes over all.
@@ -424,17 +441,20 @@ class RowAdam(torch.optim.Optimizer):
         self.norm = None
         for table in self.tables:
             p = table.values  # (S, D/P)
-            if p.dtype not in TRAINABLE:
-                raise ValueError(f"RowAdam trains no table in {p.dtype}: make it in float32 or "
-                                 f"bfloat16")
-            trains = p.requires_grad or table.mesh is not None  # a slice waits for this
-            p.requires_grad_(True)  # the hooks of RowGradient need it
-            p.grad_dtype = torch.promote_types(p.dtype, torch.float32)
+            if p.dtype not in TRAINABLE or isinstance(p, DTensor):
+                raise ValueError(f"RowAdam trains no table in {p.dtype} as a {type(p).__name__}: "
+                                 f"make it in float32 or bfloat16, and share it out with a mesh")
+            attach(table)
             v = torch.zeros(len(p), dtype=p.grad_dtype, device=p.device)  # (S,)
             self.state[p] = dict(step=0, v=v)
-            if p not in ROW_GRADIENTS:
-                ROW_GRADIENTS[p] = RowGradient(p)
-            p.requires_grad_(trains)
+
+    def __getstate__(self):
+        return dict(super().__getstate__(), tables=self.tables, clip=self.clip, norm=self.norm)
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        for table in self.tables:
+            attach(table)
 
     def add_param_group(self, param_group):
         """Only for __init__. Raises ValueError afterwards."""
@@ -456,13 +476,26 @@ class RowAdam(torch.optim.Optimizer):
         found = [self.read_rows(table) for table in tables]
         self.norm = sum(squares.sum() for *_, squares in found).sqrt().float()  # ()
         scale = (self.clip / (self.norm + 1e-6)).clamp(max=1.0)  # ()
+        if self.clip == math.inf:
+            scale = torch.ones_like(scale)  # also for a gradient that is infinite
         for table, (rows, g, squares) in zip(tables, found):
             self.update(table, rows, g, squares, scale)
         return loss
 
+    def fits(self, p):
+        """Whether the state is one of these values (S, D/P)."""
+        if p not in self.state or p.dtype not in TRAINABLE:
+            return False
+        v = self.state[p]["v"]  # (S,)
+        dtype = torch.promote_types(p.dtype, torch.float32)
+        return (v.shape, v.dtype, v.device) == (p.shape[:1], dtype, p.device)
+
     def read_rows(self, table):
         """-> rows (U,), or None for all; their gradient g (U, D/P); sums of g^2 over all D (U,)."""
         p = table.values
+        if not self.fits(p):
+            raise ValueError("the table is not what it was when RowAdam was made or loaded: make "
+                             "RowAdam after loading, moving or converting the model")
         if p.grad.is_sparse:  # that of torch.autograd.grad
             p.grad = p.grad.to_dense()
         if table.mesh is not None:
@@ -502,6 +535,17 @@ class RowAdam(torch.optim.Optimizer):
             self.state[p]["v"] = saved["v"].to(p.device, p.grad_dtype, copy=True)
 
 
+def attach(table):
+    """Prepare the gradient of a table for RowAdam."""
+    p = table.values  # (S, D/P)
+    trains = p.requires_grad or table.mesh is not None  # a slice waits for this
+    p.requires_grad_(True)  # the hooks of RowGradient need it
+    p.grad_dtype = torch.promote_types(p.dtype, torch.float32)
+    if p not in ROW_GRADIENTS:
+        ROW_GRADIENTS[p] = RowGradient(p)
+    p.requires_grad_(trains)
+
+
 class RowGradient:
     """Lets the gradient of some rows of a table cost what these rows cost.
 
@@ -513,6 +557,7 @@ class RowGradient:
 
     def __init__(self, values):
         self.buffer = None  # (S, D/P)
+        self.version = None  # how often the buffer had been written to when autograd was done
         self.rows = torch.empty(0, dtype=torch.int64)
         values.register_hook(self.note_rows)
         values.register_post_accumulate_grad_hook(self.make_dense)
@@ -530,6 +575,7 @@ class RowGradient:
     def make_dense(self, values):
         """autograd calls this afterwards. values.grad is sparse if there was none before."""
         if not values.grad.is_sparse:
+            self.version = values.grad._version
             return
         grad = values.grad.coalesce()
         if self.buffer is None:
@@ -540,16 +586,19 @@ class RowGradient:
             self.buffer.index_fill_(0, rows, 0)
         self.rows = grad.indices()[0]
         values.grad = self.buffer.add_(grad)
+        self.version = self.buffer._version
 
     def rows_of(self, grad):
         """The rows of a gradient that may not be zero: (U,) sorted, or None: all."""
         if grad is not self.buffer or self.rows is None or dist.is_initialized():
             return None  # other ranks have other rows
+        if grad._version != self.version:
+            return None  # somebody has written to it, maybe to other rows
         U = len(self.rows)
         if U == 0 or U == len(grad):
             return None
-        # The first row that nobody has read. It is zero, unless somebody has written to all rows:
-        # a clip by a norm that is NaN, weight decay, noise.
+        # The first row that nobody has read. It is zero, unless somebody has written to all rows
+        # of grad.data, which the version does not show.
         is_gap = self.rows != torch.arange(U)
         unread = int(is_gap.int().argmax()) if is_gap.any() else U
         return None if grad[unread].any() else self.rows

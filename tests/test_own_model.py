@@ -408,18 +408,13 @@ def two_share(dtype):
     return torch.nn.Sequential(*layers, torch.nn.Linear(64, 10)), 1
 
 
-class Encoder(torch.nn.TransformerEncoderLayer):
-    def __init__(self, dtype):
-        super().__init__(64, 4, dropout=0.0, batch_first=True)
-        self.memory = ProductKeyMemory(64, MemoryTable(32, 64, dtype), topk=8)
-
-    def _ff_block(self, x):
-        return self.memory(x)
-
-
 def in_an_encoder(dtype):
     """nn.TransformerEncoder copies its layer, and each copy has a table of its own."""
-    encoder = torch.nn.TransformerEncoder(Encoder(dtype), 3)
+    layer = torch.nn.TransformerEncoderLayer(64, 4, dropout=0.0, activation=torch.nn.Identity(),
+                                             batch_first=True)
+    layer.linear1 = torch.nn.Identity()
+    layer.linear2 = ProductKeyMemory(64, MemoryTable(32, 64, dtype), topk=8)
+    encoder = torch.nn.TransformerEncoder(layer, 3)
     return torch.nn.Sequential(encoder, torch.nn.Linear(64, 10)), 3
 
 
@@ -434,7 +429,32 @@ def test_a_table_belongs_to_its_layer(build, dtype):
     assert {"values"} < {name.split(".")[-1] for name in net.state_dict()}
     other, _ = build(dtype)
     other.load_state_dict(net.state_dict())
-    check_same([other(rows()[0])], [net(rows()[0])], 0)
+    x, _ = rows()
+    want = net(x)
+    check_same([other(x)], [want], 0)
+    with torch.no_grad():
+        check_same([net.eval()(x)], [want])
+
+
+def test_a_copy_without_its_model_has_a_table():
+    net = make()
+    x = rows()[0]
+    layer = copy.deepcopy(net.memory)
+    check_same([layer(x)], [net.memory(x)], 0)
+    assert layer.own_table.values is layer.table.values is not net.table.values
+    assert "memory.own_table.values" not in copy.deepcopy(net).state_dict()
+    table = copy.deepcopy(net.table)
+    assert ProductKeyMemory(64, table).own_table is table
+
+
+def test_reset_parameters():
+    """As torch's own modules have it: after to_empty, for one."""
+    net = make()
+    net.table.values.data.fill_(math.nan)
+    for module in net.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert net.table.values.std().item() == pytest.approx(1 / 8, rel=0.01)
 
 
 def test_a_table_of_the_model_stays_where_it_is():
@@ -459,7 +479,10 @@ def test_the_definitions_give_the_same(definitions):
 
 
 def test_second_derivatives(definitions):
+    kernel.candidates.cache_clear()
     net = make().double()
+    with torch.inference_mode():
+        net(rows()[0].double())
     x = rows()[0][:1, :2].double().requires_grad_()
     assert torch.autograd.gradgradcheck(net, (x,))
 

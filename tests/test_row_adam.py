@@ -2,6 +2,9 @@
 import copy
 import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ import train
 from memory import (ROW_GRADIENTS, MemoryTable, ProductKeyMemory, RowAdam, noise, places,
                     round_randomly)
 
+ROOT = Path(__file__).resolve().parents[1]
 LR, BETA2, EPS, CLIP = 0.1, 0.99, 1e-8, 0.05
 
 
@@ -392,3 +396,94 @@ def test_a_frozen_table_stays_frozen():
     table.requires_grad_(False)
     RowAdam([table], lr=0.1)
     assert not table.values.requires_grad
+
+
+# ---- what is done with the model after RowAdam was made
+
+CHANGES = {
+    "loaded with assign": lambda net: net.load_state_dict(
+        {name: x.clone() for name, x in net.state_dict().items()}, assign=True),
+    "converted to float64": lambda net: net.double(),
+    "converted to float16": lambda net: net.half(),
+    "moved": lambda net: net.to("meta"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_table_that_was_changed_is_refused(change):
+    table, layers = two_layers(64)
+    net = torch.nn.ModuleDict(dict(table=table, layers=layers))
+    optimizer = RowAdam([table], LR)
+    change(net)
+    table.values.grad = torch.ones_like(table.values, dtype=table.values.grad_dtype)
+    with pytest.raises(ValueError, match="make RowAdam after loading, moving or converting"):
+        optimizer.step()
+
+
+def test_the_state_of_a_table_of_another_size_is_refused():
+    optimizers = []
+    for n_keys in (8, 16):
+        table = MemoryTable(n_keys, dim=4)
+        optimizers.append(RowAdam([table], LR))
+        table.values.square().sum().backward()
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    with pytest.raises(ValueError, match="is not what it was when RowAdam was made or loaded"):
+        optimizers[1].step()
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_is_copied_with_its_model(how, dtype):
+    table, net = two_layers(64, dtype)
+    optimizer = RowAdam([table], LR, clip=CLIP)
+    backward(net, 1)
+    optimizer.step()
+    optimizer.zero_grad()
+    twins = how((table, net, optimizer))
+    for one_table, one_net, one_optimizer in ((table, net, optimizer), twins):
+        backward(one_net, 2)
+        one_optimizer.step()
+    assert twins[0].values is not table.values
+    assert torch.equal(twins[0].values, table.values)
+    assert twins[2].norm == optimizer.norm
+
+
+def test_a_write_to_unread_rows_counts():
+    """Also to one that is not the first of them."""
+    table, net = two_layers(64)
+    optimizer = RowAdam([table], LR)
+    backward(net, 1)
+    unread = (table.values.grad == 0).all(1).nonzero()[-1].item()
+    before = table.values[unread].clone()
+    table.values.grad[unread] = 1.0
+    optimizer.step()
+    assert not torch.equal(table.values[unread], before)
+    optimizer.zero_grad()
+    backward(net, 1)
+    assert not table.values.grad[unread].any()
+
+
+def test_an_infinite_gradient_stays_in_its_row():
+    table = MemoryTable(n_keys=8, dim=4)
+    optimizer = RowAdam([table], LR)
+    table.values.grad = torch.ones_like(table.values)
+    table.values.grad[3, 1] = torch.inf
+    optimizer.step()
+    is_finite = table.values.isfinite().all(dim=1)
+    assert not is_finite[3]
+    assert is_finite.sum() == 63
+
+
+def test_a_table_that_fully_shard_has_taken_is_refused(tmp_path):
+    mesh_script = tmp_path / "shard.py"
+    mesh_script.write_text(
+        "import torch.distributed as dist\n"
+        "from torch.distributed.fsdp import fully_shard\n"
+        "from memory import MemoryTable, RowAdam\n"
+        "dist.init_process_group('gloo', init_method='tcp://127.0.0.1:0', rank=0, world_size=1)\n"
+        "table = fully_shard(MemoryTable(8, 4))\n"
+        "try:\n    RowAdam([table], 0.1)\n"
+        "except ValueError as error:\n    print(error)\n")
+    done = subprocess.run([sys.executable, mesh_script], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert "RowAdam trains no table in torch.float32 as a DTensor" in done.stdout, done.stderr
