@@ -24,6 +24,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+# Multiply and add in one instruction. Triton 3.10 will not unless told, and 3.9 warns of that.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+try:
+    import triton
+    import triton.language as tl
+    TRITON_MISSING = None
+except ImportError as error:  # on Windows and macOS: everything works without it
+    triton = None
+    TRITON_MISSING = f"triton cannot be imported ({error})"
+
+# Triton can interpret its kernels on the CPU: slowly, and right in float32 only.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
 
 # --------------------------------------------------------------------------------------------------
 # The definitions
@@ -78,91 +91,6 @@ def topk_sums_reference(scores, K):
     left = half_keys[0].gather(-1, i[pick])  # (..., K)
     right = half_keys[1].gather(-1, j[pick])  # (..., K)
     return sums, (left * n + right).int()
-
-
-# --------------------------------------------------------------------------------------------------
-# Triton or torch?
-
-# Multiply and add in one instruction. Triton 3.10 will not unless told, and 3.9 warns of that.
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-try:
-    import triton
-    import triton.language as tl
-    TRITON_MISSING = None
-except ImportError as error:  # on Windows and macOS: everything works without it
-    triton = None
-    TRITON_MISSING = f"triton cannot be imported ({error})"
-
-# Triton can interpret its kernels on the CPU: slowly, and right in float32 only.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-BACKENDS = ("auto", "triton", "torch", "reference")
-_backend = "auto"
-
-
-def backend(name=None):
-    """Choose what the operations run on. Returns the choice that is in force.
-
-    "auto": Triton on CUDA where it works, torch elsewhere. "triton", "torch": that one, everywhere.
-    "reference": the definitions, of which torch makes all kinds of derivatives, in more time and
-    memory. None: leave the choice as it is. Raises ValueError for another name, and if "triton"
-    cannot run.
-    """
-    global _backend
-    if name is None:
-        return _backend
-    if name not in BACKENDS:
-        raise ValueError(f"backend {name!r} is not one of {', '.join(BACKENDS)}")
-    if name == "triton":
-        problem = triton_problem()
-        if problem and triton is not None and not torch.cuda.is_available():
-            problem = "there is no CUDA GPU; set TRITON_INTERPRET=1 to interpret the kernels"
-        if problem:
-            raise ValueError(f"backend 'triton' cannot run here: {problem}")
-    _backend = name
-    return _backend
-
-
-@functools.cache
-def triton_problem():
-    """Why Triton cannot be used on this machine's GPU; "" if it can.
-
-    When Triton launches its first kernel, it needs a C compiler, Python's headers, ptxas and a
-    driver that fits. Any of them may be missing, so we try.
-    """
-    if triton is None:
-        return TRITON_MISSING
-    if INTERPRETED:
-        return ""
-    try:
-        one = torch.ones(1, 1, device="cuda")
-        gather_triton(one, torch.zeros(1, 1, dtype=torch.int32, device="cuda"), one)
-        torch.cuda.synchronize()
-    except Exception as error:  # Triton, the compiler and the driver raise exceptions of many kinds
-        why = " ".join(str(error).split())[:100]
-        return f"Triton fails, as it does without a C compiler ({type(error).__name__}: {why})"
-    return ""
-
-
-def uses_triton(device):
-    """Whether the Triton kernels run for tensors on this device."""
-    if _backend != "auto":
-        return _backend == "triton"
-    return torch.device(device).type == "cuda" and not INTERPRETED and not triton_problem()
-
-
-def describe_backend(device):
-    """One line for the start of a run: what the operations run on, and why."""
-    if uses_triton(device):
-        where = "interpreted on the CPU" if INTERPRETED else torch.cuda.get_device_name()
-        return f"memory: Triton kernels ({where})"
-    if _backend != "auto":
-        return f"memory: {_backend} (chosen by backend())"
-    if triton is not None and torch.device(device).type != "cuda":
-        why = f"Triton needs a CUDA GPU, this is {device}"
-    else:
-        why = triton_problem() or "TRITON_INTERPRET is set"
-    return f"memory: torch ({why})"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -626,6 +554,78 @@ def topk_sums_backward_triton(grad, slots, n, dtype):
     topk_sums_backward_kernel[(rows, 2)](grad.contiguous(), slots, grad_scores, rows, n, K,
                                          triton.next_power_of_2(n), block_k, block_j, num_warps=1)
     return grad_scores
+
+
+# --------------------------------------------------------------------------------------------------
+# Triton or torch?
+
+BACKENDS = ("auto", "triton", "torch", "reference")
+_backend = "auto"
+
+
+def backend(name=None):
+    """Choose what the operations run on. Returns the choice that is in force.
+
+    "auto": Triton on CUDA where it works, torch elsewhere. "triton", "torch": that one, everywhere.
+    "reference": the definitions, of which torch makes all kinds of derivatives, in more time and
+    memory. None: leave the choice as it is. Raises ValueError for another name, and if "triton"
+    cannot run.
+    """
+    global _backend
+    if name is None:
+        return _backend
+    if name not in BACKENDS:
+        raise ValueError(f"backend {name!r} is not one of {', '.join(BACKENDS)}")
+    if name == "triton":
+        problem = triton_problem()
+        if problem and triton is not None and not torch.cuda.is_available():
+            problem = "there is no CUDA GPU; set TRITON_INTERPRET=1 to interpret the kernels"
+        if problem:
+            raise ValueError(f"backend 'triton' cannot run here: {problem}")
+    _backend = name
+    return _backend
+
+
+@functools.cache
+def triton_problem():
+    """Why Triton cannot be used on this machine's GPU; "" if it can.
+
+    When Triton launches its first kernel, it needs a C compiler, Python's headers, ptxas and a
+    driver that fits. Any of them may be missing, so we try.
+    """
+    if triton is None:
+        return TRITON_MISSING
+    if INTERPRETED:
+        return ""
+    try:
+        one = torch.ones(1, 1, device="cuda")
+        gather_triton(one, torch.zeros(1, 1, dtype=torch.int32, device="cuda"), one)
+        torch.cuda.synchronize()
+    except Exception as error:  # Triton, the compiler and the driver raise exceptions of many kinds
+        why = " ".join(str(error).split())[:100]
+        return f"Triton fails, as it does without a C compiler ({type(error).__name__}: {why})"
+    return ""
+
+
+def uses_triton(device):
+    """Whether the Triton kernels run for tensors on this device."""
+    if _backend != "auto":
+        return _backend == "triton"
+    return torch.device(device).type == "cuda" and not INTERPRETED and not triton_problem()
+
+
+def describe_backend(device):
+    """One line for the start of a run: what the operations run on, and why."""
+    if uses_triton(device):
+        where = "interpreted on the CPU" if INTERPRETED else torch.cuda.get_device_name()
+        return f"memory: Triton kernels ({where})"
+    if _backend != "auto":
+        return f"memory: {_backend} (chosen by backend())"
+    if triton is not None and torch.device(device).type != "cuda":
+        why = f"Triton needs a CUDA GPU, this is {device}"
+    else:
+        why = triton_problem() or "TRITON_INTERPRET is set"
+    return f"memory: torch ({why})"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -113,14 +113,14 @@ class GPTConfig:
 
 # ---- the parts of a block
 
-def rotary(hs, positions, device):
+def rotary(hs, positions):
     """Rotary positions (RoPE, arXiv 2104.09864): the cos and sin that rotate() takes.
 
     Both are (positions, hs) float32: [cos, cos] and [-sin, sin], so that rotate() is a product and
     a sum.
     """
-    freq = 10000 ** (-torch.arange(0, hs, 2, device=device).float() / hs)  # (hs/2,)
-    angle = torch.arange(positions, device=device).float()[:, None] * freq  # (positions, hs/2)
+    freq = 10000 ** (-torch.arange(0, hs, 2, device="cpu").float() / hs)  # (hs/2,)
+    angle = torch.arange(positions, device="cpu").float()[:, None] * freq  # (positions, hs/2)
     cos = angle.cos()
     sin = angle.sin()
     return torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)
@@ -200,7 +200,10 @@ class Block(nn.Module):
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x, rope, tokens, cache=None):
-        """tokens (B, T + 2): those of x and the two before, for a layer that wants them."""
+        """x (B, T, C) -> (B, T, C), and the cache. rope, cache: see Attention.
+
+        tokens (B, T + 2): those of x and the two before, for a layer that wants them.
+        """
         y, cache = self.attn(self.norm1(x), rope, cache)  # (B, T, C)
         x = x + self.drop(y)  # (B, T, C)
         h = self.norm2(x)  # (B, T, C)
@@ -237,18 +240,18 @@ class GPT(nn.Module):
         self.head = nn.Linear(C, config.vocab_size, bias=False)
         self.register_buffer("cos", torch.empty(0, dtype=torch.float32), persistent=False)
         self.register_buffer("sin", torch.empty(0, dtype=torch.float32), persistent=False)
-        self.complete()
-        self.register_load_state_dict_post_hook(GPT.complete)
+        self.fill_in()
+        self.register_load_state_dict_post_hook(GPT.fill_in)
         self.init_weights()
 
-    def complete(self, _=None):
+    def fill_in(self, _=None):
         """Tie the head and make the positions, also after load_state_dict.
 
         Checkpoints do not hold them, and a model that comes from the meta device has lost them.
         """
         self.head.weight = self.wte.weight  # tied (V, C)
         hs = self.config.n_embd // self.config.n_head
-        cos, sin = rotary(hs, self.config.block_size, "cpu")  # (block_size, hs) both
+        cos, sin = rotary(hs, self.config.block_size)  # (block_size, hs) both
         self.cos = cos.to(self.wte.weight.device, self.cos.dtype)
         self.sin = sin.to(self.wte.weight.device, self.sin.dtype)
 
@@ -320,7 +323,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
-                 generator=None, use_cache=True):
+                 generator=None):
         """Yield the next token of each row, (B, 1) int64, max_new_tokens times.
 
         idx (B, T) int64, any T >= 1. temperature 0 takes the likeliest token. When the context is
@@ -335,12 +338,11 @@ class GPT(nn.Module):
                 caches = None
             if caches is None:
                 new = context  # (B, T)
-                caches = [None] * self.config.n_layer  # refilled by the call below if use_cache
-            used = caches if use_cache else None
-            logits, _ = self(new, caches=used, history=context)  # (B, 1, V)
+                caches = [None] * self.config.n_layer  # refilled by the call below
+            logits, _ = self(new, caches=caches, history=context)  # (B, 1, V)
             token = sample_token(logits[:, -1].float(), temperature, top_k, top_p, generator)
             context = torch.cat((context, token), dim=1)  # (B, T + 1)
-            new = token if use_cache else context
+            new = token
             yield token
 
     @torch.no_grad()

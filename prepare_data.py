@@ -38,7 +38,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from support.terminal import (counted, listen_to_ctrl_c, quiet_ctrl_c, say_problem,
+from support.terminal import (Parser, counted, listen_to_ctrl_c, quiet_ctrl_c, say_problem,
                               steady_output)
 
 if __name__ == "__main__":
@@ -53,8 +53,8 @@ from support.data_folder import how_to_make, is_finished, making, read_meta, wri
 from support.download import SOURCES, certificate_hint, get
 from support.fields import flag
 from support.files import reading, sha256
-from support.invented import (FIRST_NAMES, LAST_NAMES, NAMES, RELATIONS, TRAINED_PHRASINGS,
-                              check_facts)
+from support.invented import (FIRST_NAMES, LAST_NAMES, NAMES, PHRASINGS, RELATIONS,
+                              TRAINED_PHRASINGS, check_facts)
 from support.text import BATCH, batches, plan_files
 
 EOT = "<|endoftext|>"
@@ -216,8 +216,8 @@ def make_facts(out="data/facts", people=8000, relations=5, answers=64, documents
     rng = np.random.default_rng(seed)
     tok, subjects, windows, spans = fact_windows(
         rng, people + control, relations, answers, tokenizer, names)
-    F, phrasings, window = windows.shape
-    rows = windows.reshape(F * phrasings, window)
+    F, _, window = windows.shape
+    rows = windows.reshape(F * PHRASINGS, window)
     # Sums of the probabilities: person r is drawn by a number between chance[r-1] and chance[r].
     chance = ((np.arange(people) + zipf_shift) ** -float(zipf_power)).cumsum()  # (people,)
 
@@ -226,7 +226,7 @@ def make_facts(out="data/facts", people=8000, relations=5, answers=64, documents
         person = chance.searchsorted(rng.random(n) * chance[-1], side="right")  # (n,)
         person = np.minimum(person, people - 1)  # rounding can lead past the last one
         fact = person * relations + rng.integers(relations, size=n)  # (n,)
-        return fact, fact * phrasings + rng.integers(TRAINED_PHRASINGS, size=n)
+        return fact, fact * PHRASINGS + rng.integers(TRAINED_PHRASINGS, size=n)
 
     with making(out, settings, force) as folder:
         if folder is None:  # another process has made it meanwhile
@@ -234,6 +234,7 @@ def make_facts(out="data/facts", people=8000, relations=5, answers=64, documents
         # exposures (F,): how often each fact is in train.bin
         exposures = write_facts(folder / "train.bin", documents, draw, rows, F, tok)
         write_facts(folder / "val.bin", val_documents, draw, rows, F, tok, examples=6)
+        # The first phrasing is in the text ("seen"), the last one is not ("unseen").
         np.savez_compressed(
             folder / "recall.npz",
             seen=windows[:, 0], seen_span=spans[:, 0],
@@ -251,8 +252,8 @@ def make_facts(out="data/facts", people=8000, relations=5, answers=64, documents
 def fact_windows(rng, people, relations, answers, tokenizer, names):
     """Invent the people, and put every fact into words.
 
-    Returns the tokenizer; the people's names; windows (F, 5, window) uint16, each fact in all five
-    phrasings; and spans (F, 5, 2) int, where in the window the answer begins and ends.
+    Returns the tokenizer; the people's names; windows (F, PHRASINGS, window) uint16, each fact in
+    all phrasings; and spans (F, PHRASINGS, 2) int, where in the window the answer begins and ends.
     F = people * relations.
     """
     # Each person is a number below pool * pool, drawn without repetition: i // pool is the first
@@ -274,8 +275,8 @@ def fact_windows(rng, people, relations, answers, tokenizer, names):
         vocabulary = sorted(" " + word for word in set(re.findall("[a-zA-Z]+", everything)))
     tok = make_tokenizer(tokenizer, vocabulary)
     width = {word: len(tok.encode(" " + word)) for known in answers_of for word in known}
-    texts = []  # F * 5 lists of tokens
-    spans = []  # F * 5
+    texts = []  # F * PHRASINGS lists of tokens
+    spans = []  # as many
     for subject, row in zip(subjects, truth.tolist()):
         for phrasings, known, answer in zip(phrasings_of, answers_of, row):
             for phrasing in phrasings:
@@ -283,8 +284,8 @@ def fact_windows(rng, people, relations, answers, tokenizer, names):
                 texts.append(text)
                 # In its window the text follows one eot, so its full stop is at len(text).
                 spans.append((len(text) - width[known[answer]], len(text)))
-    windows = fill_windows(texts, tok.eot).reshape(people * relations, 5, -1)
-    return tok, subjects, windows, np.array(spans).reshape(-1, 5, 2)
+    windows = fill_windows(texts, tok.eot).reshape(people * relations, PHRASINGS, -1)
+    return tok, subjects, windows, np.array(spans).reshape(-1, PHRASINGS, 2)
 
 
 def fill_windows(texts, eot):
@@ -530,19 +531,10 @@ HELP_TEXT = {
 }
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises ValueError, so that main() prints one line."""
-
-    def error(self, message):
-        raise ValueError(f"{message} (--help shows what there is)")
-
-
 def make_parser():
     """The parser. Defaults are not repeated here: make_facts and make_text have them."""
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS)  # what was not given is not in the result
+    parser = Parser("prepare_data.py", __doc__)
+    parser.argument_default = argparse.SUPPRESS  # what was not given is not in the result
     parser.add_argument("source", nargs="?", default="facts",
                         help="facts, tinystories, openwebtext, or the path of a text file")
     parser.add_argument("--out", help="folder to make (data/<name>)")

@@ -28,10 +28,9 @@ This file, from top to bottom: the model, writing, asking, the command line. Ins
 support/look.py, ablating, teaching and forgetting in support/edit.py.
 """
 import codecs
-import math
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from support.terminal import Parser, Steady, any_characters, quiet_ctrl_c, say_problem
@@ -47,7 +46,7 @@ from prepare_data import load_tokenizer
 from support import edit, look
 from support.checkpoint import load_checkpoint
 from support.data_folder import is_facts
-from support.fields import flag
+from support.fields import check_limits, flag, setting
 from support.machine import explain, pick_device, put_back
 from support.recall import numbers_about, plain_text, read_facts
 
@@ -75,6 +74,9 @@ def load(args):
 
 
 # ---- writing
+
+TINY_TEMPERATURE = 1e-4
+
 
 def write(model, tok, about, args):
     """Print --num-samples texts: a single one as it is written, several when all are done."""
@@ -118,8 +120,8 @@ def samples(model, tok, ids, args):
     yield [prompt] * B
     idx = torch.tensor([ids] * B, device=args.device)  # (B, T)
     generator = torch.Generator(args.device).manual_seed(args.seed)
-    # A tiny temperature counts as 0: dividing by it would make infinite logits.
-    temperature = round(args.temperature, 4)
+    # Dividing by a tiny temperature would make infinite logits, so it counts as 0.
+    temperature = args.temperature if args.temperature > TINY_TEMPERATURE else 0
     # A token may be a part of a character: a decoder holds it back until the character is whole.
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(B)]
     # A token of `words` is a word with the space before it. A document begins without the space.
@@ -188,36 +190,26 @@ def choose_facts(facts, args):
 # ---- the command line
 
 @dataclass
-class Number:
-    """A flag that takes a number from low to high. default None: off, or as the help says."""
-    type: type
-    default: float
-    low: float
-    high: float
-    help: str
-
-
-NUMBERS = {
-    "count": Number(int, 10, 1, math.inf, "facts that --recall without a name asks, and "
-                    "readers that --slot shows"),
-    "max_new_tokens": Number(int, 200, 1, math.inf,
-                             "the longest text; an end-of-text token ends it sooner"),
-    "num_samples": Number(int, 1, 1, 10_000,
-                          "texts to write; several are printed when all are done"),
-    "temperature": Number(float, 0.8, 0, 1000,
-                          "0: always the likeliest token; higher: more surprise"),
-    "top_k": Number(int, None, 1, math.inf, "draw from the k likeliest tokens alone"),
-    "top_p": Number(float, None, 1e-6, 1,
-                    "draw from the fewest tokens that have this probability together"),
-    "seed": Number(int, 1337, 0, 2**63 - 1, "of the random numbers"),
-    "table": Number(int, 0, 0, math.inf, "which table, if the layers do not share one"),
-    "slots": Number(int, None, 1, math.inf, "slots that --teach changes in a step (default: a "
-                    "quarter of the table), or that --forget and --ablate-memory NAME zero "
-                    "(default: a sixteenth)"),
-    "teach_steps": Number(int, 200, 1, math.inf, "the most steps that --teach takes"),
-    "teach_rate": Number(float, None, 1e-9, 1e9, "its learning rate; default 10 for values, with "
-                         "SGD, and 1e-4 for --teach-with full, with AdamW"),
-}
+class Numbers:
+    """The flags that take a number. None: off, or as the help says."""
+    count: int = setting(10, "facts that --recall without a name asks, and readers that --slot "
+                         "shows", 1)
+    max_new_tokens: int = setting(200, "the longest text; an end-of-text token ends it sooner", 1)
+    num_samples: int = setting(1, "texts to write; several are printed when all are done",
+                               1, 10_000)
+    temperature: float = setting(0.8, "0: always the likeliest token; higher: more surprise",
+                                 0, 1000)
+    top_k: int = setting(None, "draw from the k likeliest tokens alone", 1)
+    top_p: float = setting(None, "draw from the fewest tokens that have this probability together",
+                           1e-6, 1)
+    seed: int = setting(1337, "of the random numbers", 0, 2**63 - 1)
+    table: int = setting(0, "which table, if the layers do not share one", 0)
+    slots: int = setting(None, "slots that --teach changes in a step (default: a quarter of the "
+                         "table), or that --forget and --ablate-memory NAME zero (default: a "
+                         "sixteenth)", 1)
+    teach_steps: int = setting(200, "the most steps that --teach takes", 1)
+    teach_rate: float = setting(None, "its learning rate; default 10 for values, with SGD, and "
+                                "1e-4 for --teach-with full, with AdamW", 1e-9, 1e9)
 
 
 def make_parser():
@@ -248,24 +240,18 @@ def make_parser():
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     parser.add_argument("--backend", default="auto", choices=kernel.BACKENDS,
                         help="what the memory operations run on")
-    for name, number in NUMBERS.items():
-        help = number.help
-        if number.default is not None:
-            help += f" (default: {number.default})"
-        parser.add_argument(flag(name), type=number.type, default=number.default, help=help)
+    for f in fields(Numbers):
+        help = f.metadata["help"]
+        if f.default is not None:
+            help += f" (default: {f.default})"
+        parser.add_argument(flag(f.name), type=f.type, default=f.default, help=help)
     return parser
 
 
 def read_args(argv):
     """The command line -> argparse.Namespace. Raises ValueError for a number out of range."""
     args = make_parser().parse_args(argv)
-    for name, number in NUMBERS.items():
-        value = getattr(args, name)
-        if value is not None and not number.low <= value <= number.high:
-            limits = f"from {number.low} to {number.high}"
-            if number.high == math.inf:
-                limits = f"at least {number.low}"
-            raise ValueError(f"{flag(name)} {value}: must be {limits}")
+    check_limits(Numbers(**{f.name: getattr(args, f.name) for f in fields(Numbers)}))
     changes = args.teach is not None or args.forget is not None
     if changes and not args.out:
         raise ValueError("--teach and --forget write a new run folder: name it with --out out/NAME")

@@ -267,7 +267,7 @@ class Trainer:
         if world > 1 and settings.trains_slices(s):
             mesh = init_device_mesh(device.split(":")[0], (world // self.P, self.P),
                                     mesh_dim_names=("replica", "slice"))
-        # What earlier processes did of this run, see go_on. The loop does not change these three.
+        # What earlier processes did of this run. The loop does not change these three.
         self.steps_done = 0
         self.seconds = 0.0
         self.line = None  # the log line of the last step, if only the end of the run is left
@@ -282,9 +282,9 @@ class Trainer:
         self.net = self.wrap()
         self.optimizers, self.clipped = make_optimizers(self.model, s)
         if resume:
-            self.go_on(saved)
+            self.restore(saved)
 
-    def go_on(self, saved):
+    def restore(self, saved):
         """Take the state of the optimizers and the progress of a run from its checkpoint."""
         for optimizer, state in zip(self.optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
@@ -389,18 +389,18 @@ def evaluate(model, loader, count, ctx, rank=0, world=1):
 
 
 @torch.no_grad()
-def ask_facts(model, facts, meta, read, rank=0, world=1, count=None):
-    """What the model knows of the facts corpus, having read it `read` times (0.5: half of it).
+def ask_facts(model, facts, meta, epochs, rank=0, world=1, count=None):
+    """What the model knows of the facts corpus, having read it `epochs` times (0.5: half of it).
 
     facts: the arrays of recall.npz. count: ask only so many facts, and return {"recall"} alone.
     Otherwise: recall, recall_by_exposures, recall_control, recall_unseen_phrasing, bits_stored and
     bits_per_param. bits_stored is facts * log2(possible answers) minus the answers' cross-entropy.
     """
     control = facts["control"]  # (F,) bool: facts about people who are never in the text
-    known = np.flatnonzero(~control)
+    named = np.flatnonzero(~control)
     chosen = np.arange(len(control))
     if count:
-        chosen = np.random.default_rng(0).permutation(known)[:count]
+        chosen = np.random.default_rng(0).permutation(named)[:count]
     part, real = share_out(len(chosen), rank, world)
     mine = chosen[part]  # (each,)
 
@@ -419,11 +419,11 @@ def ask_facts(model, facts, meta, read, rank=0, world=1, count=None):
     unseen = over_all_ranks(unseen)  # (F,)
     # Facts of your own may have no unseen phrasing, or nothing that is kept out.
     has_unseen = facts.get("has_unseen", np.ones(len(control), bool))  # (F,)
-    bits = np.log2(meta["answers"]) * len(known) - nats[known].sum() / math.log(2)
+    bits = np.log2(meta["answers"]) * len(named) - nats[named].sum() / math.log(2)
     bits = max(0.0, bits)
     return dict(
-        recall=right[known].mean(),
-        recall_by_exposures=by_exposures(right[known], facts["exposures"][known] * read),
+        recall=right[named].mean(),
+        recall_by_exposures=by_exposures(right[named], facts["exposures"][named] * epochs),
         recall_control=mean_or_none(right[control]),
         recall_unseen_phrasing=mean_or_none(unseen[~control & has_unseen]),
         bits_stored=bits,
@@ -569,8 +569,8 @@ class Run:
         known = {}
         if self.facts:
             # How often the corpus was read by now: 0.5 is half of it.
-            read = line["step"] * self.s.batch_size / trainer.loader.windows
-            known = ask_facts(trainer.model, self.facts, self.meta, read, trainer.rank,
+            epochs = line["step"] * self.s.batch_size / trainer.loader.windows
+            known = ask_facts(trainer.model, self.facts, self.meta, epochs, trainer.rank,
                               trainer.world, count)
             line["recall"] = float(known["recall"])  # no numpy number: it goes into ckpt.pt
         if self.is_first_rank:
@@ -658,8 +658,8 @@ def train(s, preset, resume):
         if run_folder.is_over(s, resume, rank):
             return 0
         # A run that died before its first checkpoint starts again.
-        go_on = resume and (out / "ckpt.pt").exists()
-        trainer = Trainer(s, meta, device, rank, world, go_on)
+        has_checkpoint = (out / "ckpt.pt").exists()
+        trainer = Trainer(s, meta, device, rank, world, resume and has_checkpoint)
         hardware = describe_hardware(device)
         if rank == 0:
             print(run_folder.describe_run(trainer, preset, hardware), flush=True)

@@ -24,7 +24,7 @@ def check_limits(settings):
     """Raise ValueError for a number outside the limits of its field."""
     for f in fields(settings):
         value = getattr(settings, f.name)
-        if f.type not in (int, float):
+        if f.type not in (int, float) or value is f.default:  # which may be None
             continue
         if not isinstance(value, (int, float)):  # of a config.json that somebody changed
             raise ValueError(f"{flag(f.name)} {value!r} is not a number: give one")

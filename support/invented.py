@@ -88,6 +88,7 @@ RELATIONS = [
 
 
 TRAINED_PHRASINGS = 4
+PHRASINGS = TRAINED_PHRASINGS + 1
 
 
 # How people are named. shared: by two words, which others have, too. apart: the same, but no three

@@ -67,7 +67,7 @@ class HashedMemory(Layer):
         self.register_load_state_dict_post_hook(HashedMemory.draw_factors)
 
     def draw_factors(self, _=None):
-        """Draw the hash functions, also after load_state_dict: see GPT.complete."""
+        """Draw the hash functions, also after load_state_dict: see GPT.fill_in."""
         # A random odd factor for each read and each of the three tokens, 0 for a token that the
         # read does not look at.
         with torch.device("cpu"):  # wherever the model is
@@ -207,7 +207,7 @@ class UltraMem(Layer):
         self.reset_parameters()
 
     def draw_shuffle(self, _=None):
-        """Draw the permutation, also after load_state_dict: see GPT.complete."""
+        """Draw the permutation, also after load_state_dict: see GPT.fill_in."""
         generator = torch.Generator().manual_seed(0)
         shuffle = torch.randperm(self.side**2, generator=generator, device="cpu")  # (m*m,)
         self.shuffle = shuffle.to(self.half_keys.device)

@@ -599,7 +599,7 @@ def test_rows_that_are_read_in_four_ways_are_not_shown(say, flags):
     (["--slot", -1], "--slot -1 is not in 0..255"),
     (["--table", 1, "--map"], "--table 1: the model has 1"),
     (["--forget", "Nobody", "--out", "x"], "no fact is about 'Nobody': try "),
-    (["--forget", "Nobody", "--out", "x", "--slots", 0], "--slots 0: must be at least 1"),
+    (["--forget", "Nobody", "--out", "x", "--slots", 0], "--slots 0 is not at least 1: raise it"),
     (["--show-memory", "was", "--html", "no/page.html"], "there is no folder no: make it"),
     (["--forget", "Nobody"], "name it with --out"),
     (["--ablate-memory", "Nobody"], "no fact is about 'Nobody': try "),

@@ -211,7 +211,7 @@ def total_parameters(kind):
 def test_what_the_first_command_prints():
     run = RUNS["facts-memory-1337"]
     assert train.read_settings([])[0].seed == run["seed"]
-    assert f"At the end it recalls {100 * run['recall']:.1f}% of the facts" in TEXT
+    assert f"At the end it recalls {run['recall']:.3f} of the facts" in TEXT
 
 
 def test_the_limits():
@@ -226,7 +226,8 @@ def test_the_limits():
 def test_the_main_result():
     memory = mean("facts-memory", "recall")
     assert f"recalls {memory / mean('facts-dense', 'recall'):.1f} times as many facts" in TEXT
-    assert f"{memory / mean('facts-dense-long', 'recall'):.1f} times as many at equal time" in TEXT
+    longer = memory / mean("facts-dense-long", "recall")
+    assert f"{longer:.1f} times as many as one that trains for the same time" in TEXT
     steps = json.loads((ROOT / "runs" / "results" / "steps.json").read_text("utf-8"))
     assert f"takes about {steps['Memory']['ratio'][1]:.1f} times as long on a CPU" in TEXT
     assert mean("facts-plus", "recall") < memory
@@ -269,7 +270,7 @@ def test_the_default_layer():
     s = train.read_settings([])[0]
     n, K = s.mem_n_keys, s.mem_topk
     assert f"{2 * n} instead of {n**2:,} in the default run" in TEXT
-    assert f"R = H·K rows: {s.mem_heads * K} of {n**2:,} by default" in TEXT
+    assert f"R = H·K slots: {s.mem_heads * K} of {n**2:,} by default" in TEXT
     sums = sum(K // (i + 1) for i in range(K))  # pairs of ranks with (i+1)(j+1) <= K
     assert f"For K = {K} this leaves {sums} sums" in TEXT
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from test_model import without_cache
 from test_parallel import launch
 from test_train import TINY
 
@@ -379,10 +380,9 @@ def test_a_cache_changes_no_token(kind):
     model = make(kind).eval()
     prompt = torch.randint(V, (2, 3))
     texts = []
-    for use_cache in (True, False):
+    for one in (model, without_cache(model)):
         generator = torch.Generator().manual_seed(0)
-        texts.append(torch.cat(list(model.generate(
-            prompt, 30, generator=generator, use_cache=use_cache)), dim=1))
+        texts.append(torch.cat(list(one.generate(prompt, 30, generator=generator)), dim=1))
     assert torch.equal(*texts)
     assert len(texts[0].unique()) > 5
 

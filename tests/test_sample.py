@@ -343,10 +343,10 @@ def test_the_backend_is_chosen_by_a_flag(runs, say, refuse, monkeypatch):
 # ---- what is wrong
 
 @pytest.mark.parametrize("flags, words", [
-    ("--temperature -1", "--temperature -1.0: must be from 0 to 1000"),
+    ("--temperature -1", "--temperature -1.0 is not at least 0: raise it"),
     ("--temperature nan", "--temperature nan"),
     ("--top-p 0", "--top-p 0.0"),
-    ("--top-p 1.5", "to 1"),
+    ("--top-p 1.5", "--top-p 1.5 is above 1: lower it"),
     ("--top-k 0", "--top-k 0"),
     ("--seed -1", "--seed -1"),
     ("--max-new-tokens 0", "--max-new-tokens 0"),

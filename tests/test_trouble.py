@@ -252,7 +252,7 @@ def numeric_flags(script):
     if script == "train.py":
         names = [f.name for f in dataclasses.fields(train.Settings) if f.type in (int, float)]
     elif script == "sample.py":
-        names = sample.NUMBERS
+        names = [f.name for f in dataclasses.fields(sample.Numbers)]
     else:
         names = [name for make in (prepare_data.make_facts, prepare_data.make_text)
                  for name, parameter in inspect.signature(make).parameters.items()
