@@ -320,24 +320,11 @@ CLAIMS = [
      [statistics.mean(100 * lesson["after"][0]
                       for lesson in results.seeds(TAUGHT, "teach-slots-512"))]),
     # Negative results
-    ("The hash recalls {:.1f} times as many facts as Memory in the default corpus, in less time.",
-     [ratio("facts-hash", "facts-memory")]),
-    ("dense recalls as much as Memory ({:.3f} and {:.3f}).",
-     recalls("single-dense", "single-memory")),
-    ("a mixture of experts recalls no less than Memory ({:.3f} and {:.3f}). The hash recalls "
-     "{:.3f}.", recalls("own-bytes-moe", "own-bytes-memory", "own-bytes-hash")),
-    ("On web pages its loss is {:.2f}, that of dense {:.2f} and that of Memory {:.2f}.",
-     [losses(title)[1] for title in ("hash", "dense", "Memory")]),
-    ("Memory+ recalls no more than Memory on the invented facts ({:.3f} and {:.3f}), and its table "
-     "needs a much higher rate. With 8 blocks and three layers it recalls {:.3f}, Memory with one "
-     "layer {:.3f}.", recalls("facts-plus", "facts-memory", "deep-plus", "deep-memory")),
-    ("but recalls less than Memory ({:.3f} and {:.3f}) and takes longer.",
-     recalls("facts-ultramem", "facts-memory")),
-    ("at equal time the gain over dense falls from {:.1f} times to {:.1f} times.",
-     [ratio("facts-memory", "facts-dense"), ratio("facts-memory", "facts-dense-long")]),
+    ("With 8 blocks and three layers it recalls {:.3f}, Memory with one layer {:.3f}.",
+     recalls("deep-plus", "deep-memory")),
     ("1,024 slots recall no more than dense ({:.3f} and {:.3f}).",
      recalls("facts-n32", "facts-dense")),
-    ("Memory varies more from seed to seed than dense ({:.3f} and {:.3f}).",
+    ("and varies more from seed to seed ({:.3f} and {:.3f}).",
      [deviation("facts-memory"), deviation("facts-dense")]),
     # Which settings?
     ("With {:.0f}, {:.0f}, {:.0f}, {:.0f} and {:.0f} slots per 100 facts, recall is {:.2f}, "
