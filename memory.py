@@ -92,6 +92,9 @@ class MemoryTable(nn.Module):
 
     def __init__(self, n_keys, dim, dtype=torch.float32, mesh=None, std=None):
         super().__init__()
+        if n_keys < 1 or dim < 1:
+            raise ValueError(f"a table of {n_keys} half-keys and {dim} dims is empty: give at "
+                             f"least 1 of each")
         if dtype not in TRAINABLE:
             raise ValueError(f"a table in {dtype} cannot be trained: make it in float32 or "
                              f"bfloat16")
@@ -110,8 +113,7 @@ class MemoryTable(nn.Module):
         values = torch.empty(n_keys**2, width, dtype=dtype)  # (S, D/P)
         # Slices have no gradient before RowAdam asks for it: DDP must leave them alone.
         self.values = nn.Parameter(values, requires_grad=mesh is None)
-        read_weight = torch.zeros(n_keys**2, dtype=torch.int64)  # (S,), in units of 2^-24
-        self.register_buffer("read_weight", read_weight, persistent=False)
+        self.register_buffer("read_weight", None, persistent=False)  # see count
         self.counting = False
         self.record = None  # or a list, to which count_reads appends (slots, weights)
         self.init_weights()
@@ -167,7 +169,10 @@ class MemoryTable(nn.Module):
     def count(self, on):
         """Start counting reads, from zero, or stop."""
         self.counting = on
-        if on:
+        if on and self.read_weight is None:
+            self.read_weight = torch.zeros(len(self.values), dtype=torch.int64,
+                                           device=self.values.device)  # (S,), in units of 2^-24
+        elif on:
             self.read_weight.zero_()
 
     def usage(self):
@@ -177,6 +182,8 @@ class MemoryTable(nn.Module):
         slots' read weights from uniform, in nats. 0 means that all slots got the same, log(S) that
         one got everything. These are this rank's reads, unless read_weight was summed over ranks.
         """
+        if self.read_weight is None:
+            return 0.0, 0.0
         weight = self.read_weight.cpu().double()  # (S,)
         share = (weight > 0).double().mean().item()
         p = weight / weight.sum().clamp(min=1)  # (S,)
@@ -434,7 +441,14 @@ class RowAdam(torch.optim.Optimizer):
     """
 
     def __init__(self, tables, lr, beta2=0.99, eps=1e-8, clip=math.inf):
-        tables = list(dict.fromkeys(tables))  # each once, and it may be a generator
+        # Each once, and it may be a generator.
+        tables = [] if isinstance(tables, MemoryTable) else list(dict.fromkeys(tables))
+        if not tables or not all(isinstance(table, MemoryTable) for table in tables):
+            raise ValueError("RowAdam trains a list of MemoryTables, such as [model.table]: give "
+                             "other parameters to another optimizer")
+        if not (lr >= 0 and 0 <= beta2 < 1 and eps >= 0 and clip > 0):
+            raise ValueError(f"lr {lr}, beta2 {beta2}, eps {eps}, clip {clip}: lr and eps must be "
+                             f"at least 0, beta2 from 0 to below 1, clip above 0")
         super().__init__([table.values for table in tables], dict(lr=lr, beta2=beta2, eps=eps))
         self.tables = tables
         self.clip = clip
@@ -540,7 +554,11 @@ def attach(table):
     p = table.values  # (S, D/P)
     trains = p.requires_grad or table.mesh is not None  # a slice waits for this
     p.requires_grad_(True)  # the hooks of RowGradient need it
-    p.grad_dtype = torch.promote_types(p.dtype, torch.float32)
+    grad_dtype = torch.promote_types(p.dtype, torch.float32)
+    grad = p.grad
+    p.grad = None  # torch changes the dtype of a gradient only while there is none
+    p.grad_dtype = grad_dtype
+    p.grad = None if grad is None else grad.to(grad_dtype)
     if p not in ROW_GRADIENTS:
         ROW_GRADIENTS[p] = RowGradient(p)
     p.requires_grad_(trains)

@@ -48,7 +48,7 @@ from support.checkpoint import load_checkpoint
 from support.data_folder import is_facts
 from support.fields import check_limits, flag, setting
 from support.machine import explain, pick_device, put_back
-from support.recall import numbers_about, plain_text, read_facts
+from support.recall import as_stored, numbers_about, plain_text, read_facts
 
 
 # ---- the model
@@ -96,6 +96,8 @@ def write(model, tok, about, args):
 
 def ids_of(tok, prompt, run):
     """The tokens of a prompt, of a document's beginning if it is None."""
+    if prompt is not None and is_facts(run):
+        prompt = as_stored(prompt)
     ids = tok.encode(prompt or "")
     if prompt is not None and not ids:
         raise ValueError(f"the prompt {prompt!r} makes no tokens: give it some text")

@@ -130,12 +130,16 @@ def put_back():
     """What a run changes in its process is afterwards as it was: the process may be a notebook."""
     precision = torch.get_float32_matmul_precision()
     backend = kernel.backend()
+    streams = [(stream, stream.errors) for stream in (sys.stdout, sys.stderr)
+               if hasattr(stream, "reconfigure")]
     try:
         with torch.random.fork_rng(devices=[]):
             yield
     finally:
         torch.set_float32_matmul_precision(precision)
         kernel.backend(backend)
+        for stream, errors in streams:
+            stream.reconfigure(errors=errors)
 
 
 def explain(error, less_memory):

@@ -16,6 +16,7 @@ import numpy as np
 
 from support.fields import check_ranges
 from support.files import reading
+from support.recall import as_stored
 from support.terminal import counted
 
 MOST_SENTENCES = 10 ** 8
@@ -165,12 +166,20 @@ def table_cells(path, wrong):
             return
         except csv.Error:
             cells = None
-        # A cell that has swallowed tabs and lines began with a quote that was not meant as one.
-        if cells is None or any("\t" in cell and re.search("[\r\n]", cell) for cell in cells):
+        # A cell that has swallowed lines, and what separates cells, began with a quote that was
+        # not meant as one.
+        if cells is None or any(has_swallowed(cell, delimiter) for cell in cells):
             wrong.append(f"{place}: a quote that is opened here does not end where its cell does: "
                          f"remove it, or put the cell in quotes and write \"\" for those in it")
         elif any(cell.strip() for cell in cells):
-            yield place, [" ".join(cell.split()) for cell in cells]
+            yield place, [as_stored(cell) for cell in cells]
+
+
+def has_swallowed(cell, delimiter):
+    """Whether a cell seems to hold other rows: a line break, and a tab, or a comma without a space.
+    """
+    separates = delimiter if delimiter == "\t" else delimiter + r"\S"
+    return bool(re.search("[\r\n]", cell) and re.search(separates, cell))
 
 
 def table_rows(path, needed, wrong, optional=()):

@@ -1,5 +1,6 @@
 """recall.npz: the facts that a run was trained on, to be asked."""
 import difflib
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +30,17 @@ def read_facts(folder):
     return facts
 
 
+def as_stored(text):
+    """Names and prompts as the facts have them: one space between words, accents in one character.
+    """
+    return unicodedata.normalize("NFC", " ".join(text.split()))
+
+
 def numbers_about(name, facts):
     """Which of the facts are about `name` -> (numbers,). Raises ValueError if none is."""
-    name = " ".join(name.split())  # as names are stored
-    numbers = np.flatnonzero(facts["subject"] == name)
+    wanted = as_stored(name)
+    subjects = np.array([as_stored(subject) for subject in facts["subject"].tolist()])  # (F,)
+    numbers = np.flatnonzero(subjects == wanted)
     if not len(numbers):
         names = np.unique(facts["subject"]).tolist()
         near = difflib.get_close_matches(name, names, 3, cutoff=0)

@@ -19,16 +19,20 @@ def default_folder(source):
     return f"data/{name}"
 
 
+# How they begin: ._1.txt and .ipynb_checkpoints are hidden, ~$1.txt is Office's, __MACOSX a Mac's.
+LEFT_BY_TOOLS = (".", "~$", "__MACOSX")
+
+
 def own_texts(source):
     """The files that `source` names: itself, or the .txt files in it and its folders.
 
-    Tools leave hidden files and folders, such as ._1.txt and .ipynb_checkpoints: they are no texts.
+    Tools leave files and folders behind that are no texts: see LEFT_BY_TOOLS.
     """
     path = Path(source)
     if not path.is_dir():
         return [path]
     files = [found for found in sorted(path.rglob("*.txt")) if not found.is_dir()
-             and not any(part.startswith(".") for part in found.relative_to(path).parts)]
+             and not any(part.startswith(LEFT_BY_TOOLS) for part in found.relative_to(path).parts)]
     if not files:
         raise ValueError(f"{source}: there is no .txt file in this folder (hidden ones do not "
                          f"count)")

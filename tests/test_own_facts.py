@@ -306,6 +306,15 @@ def test_a_quote_without_end_in_a_large_table(folder, capsys):
     assert "f.tsv:6: a quote that is opened here does not end" in capsys.readouterr().err
 
 
+def test_a_quote_without_end_between_commas(folder, capsys):
+    """The rows that it swallows are no answer."""
+    (folder / "f.tsv").write_text('relation,subject,answer,count\ncapital,France,Paris,3\n'
+                                  'capital,Peru,"Lima,4\ncapital,Cuba,Habana",5\n'
+                                  'capital,Spain,Madrid,2\n')
+    assert make(folder) == 1
+    assert "f.tsv:3: a quote that is opened here does not end" in capsys.readouterr().err
+
+
 def test_counts_that_differ(folder, capsys):
     (folder / "f.tsv").write_text("relation\tsubject\tanswer\tcount\n"
                                   "capital\tPeru\tLima\t3\ncapital\tPeru\tLima\t4\n")

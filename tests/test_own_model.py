@@ -141,6 +141,15 @@ def from_meta_assigned(net):
     return from_meta(net, assign=True)
 
 
+def from_meta_and_moved(net):
+    """Nothing is left on the meta device, also while reads are counted."""
+    other = from_meta(net, assign=True).to("cpu")
+    other.table.count(True)
+    other(rows()[0])
+    assert other.table.usage()[0] > 0
+    return other
+
+
 def averaged(net):
     average = torch.optim.swa_utils.AveragedModel(net)
     average.update_parameters(net)
@@ -188,8 +197,8 @@ class Through(torch.nn.Module):
 
 
 DONE = [copied, through_state_dict, weights_through_a_file, pickled, from_meta,
-        from_meta_assigned, averaged, eval_and_train, frozen_and_back, with_other_weights,
-        checkpointed]
+        from_meta_assigned, from_meta_and_moved, averaged, eval_and_train, frozen_and_back,
+        with_other_weights, checkpointed]
 
 
 @both_dtypes

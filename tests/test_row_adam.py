@@ -487,3 +487,35 @@ def test_a_table_that_fully_shard_has_taken_is_refused(tmp_path):
     done = subprocess.run([sys.executable, mesh_script], capture_output=True, text=True,
                           env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert "RowAdam trains no table in torch.float32 as a DTensor" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("arguments, expected", [
+    (lambda table: (table.parameters(), 0.1), "RowAdam trains a list of MemoryTables"),
+    (lambda table: (table, 0.1), "RowAdam trains a list of MemoryTables"),
+    (lambda table: ([], 0.1), "RowAdam trains a list of MemoryTables"),
+    (lambda table: ([table], -1.0), "lr -1.0, .*: lr and eps must be at least 0"),
+    (lambda table: ([table], float("nan")), "lr nan"),
+    (lambda table: ([table], 0.1, 1.0), "beta2 from 0 to below 1"),
+    (lambda table: ([table], 0.1, 0.99, 1e-8, 0), "clip above 0"),
+])
+def test_wrong_arguments_are_refused(arguments, expected):
+    with pytest.raises(ValueError, match=expected):
+        RowAdam(*arguments(MemoryTable(8, 4)))
+
+
+@pytest.mark.parametrize("n_keys, dim", [(0, 4), (-1, 4), (8, 0)])
+def test_an_empty_table_is_refused(n_keys, dim):
+    with pytest.raises(ValueError, match=f"{n_keys} half-keys and {dim} dims is empty"):
+        MemoryTable(n_keys, dim)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_may_be_made_after_the_backward(dtype):
+    table, net = two_layers(8, dtype)
+    backward(net, 1)
+    want = table.values.grad.float()
+    before = table.values.detach().clone()
+    optimizer = RowAdam([table], LR)
+    assert torch.equal(table.values.grad, want)
+    optimizer.step()
+    assert not torch.equal(table.values, before)

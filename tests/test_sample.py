@@ -25,6 +25,7 @@ import train
 from model import GPT
 from support import edit
 from support.checkpoint import load_checkpoint
+from support.recall import numbers_about
 
 TINY = ("--n-layer 2 --n-embd 32 --n-head 2 --mem-layers 1 --mem-n-keys 16 --mem-topk 4 "
         "--mem-heads 2 --dropout 0.1 --batch-size 64 --eval-windows 64 --device cpu").split()
@@ -338,6 +339,14 @@ def test_the_backend_is_chosen_by_a_flag(runs, say, refuse, monkeypatch):
     monkeypatch.setattr(kernel, "INTERPRETED", False)
     message = refuse([str(runs / "memory"), "--backend", "triton"])
     assert message.startswith("sample.py: backend 'triton' cannot run here: ")
+
+
+@pytest.mark.parametrize("asked", ["Ren\u00e9  Dil", "Rene\u0301 Dil", " Ren\u00e9 Dil"])
+@pytest.mark.parametrize("stored", ["Ren\u00e9 Dil", "Rene\u0301 Dil"])
+def test_a_name_is_compared_as_it_is_stored(asked, stored):
+    """With any white space, and accents of one character or of two."""
+    facts = dict(subject=np.array([stored, "Al Bo"]))
+    assert numbers_about(asked, facts).tolist() == [0]
 
 
 # ---- what is wrong
