@@ -84,12 +84,12 @@ def topk_sums_reference(scores, K):
     """
     n = scores.shape[-1]
     i, j = candidates(K, scores.device)  # (M,) both
-    best, half_keys = scores.topk(K, dim=-1)  # (2, ..., K) both
+    best, numbers = scores.topk(K, dim=-1)  # (2, ..., K) both: scores and numbers of half-keys
     best = best.to(torch.promote_types(scores.dtype, torch.float32))  # (2, ..., K)
     sums = best[0][..., i] + best[1][..., j]  # (..., M)
     sums, pick = sums.topk(K, dim=-1)  # (..., K) both, pick in [0, M)
-    left = half_keys[0].gather(-1, i[pick])  # (..., K)
-    right = half_keys[1].gather(-1, j[pick])  # (..., K)
+    left = numbers[0].gather(-1, i[pick])  # (..., K)
+    right = numbers[1].gather(-1, j[pick])  # (..., K)
     return sums, (left * n + right).int()
 
 
@@ -146,7 +146,7 @@ def sum_groups(grad_y, weights, order, counts):
 
     grad_y (N, D), weights (N, R), order (L,), counts (groups,): their sizes -> (groups, D).
     """
-    begins = (counts.cumsum(0) - counts).int()  # (groups,): after those of all groups before it
+    begins = (counts.cumsum(0) - counts).int()  # (groups,): where each begins in `order`
     tokens = order // weights.shape[1]  # (L,)
     sorted_weights = weights.view(-1).index_select(0, order)  # (L,)
     return F.embedding_bag(tokens, grad_y, begins, mode="sum", per_sample_weights=sorted_weights)
@@ -162,7 +162,8 @@ def weights_gradient_torch(grad_y, values, indices):
     N, R = indices.shape
     S = len(values)
     # Not on a CPU, or more entries in a row than a sparse matrix should have: gather the rows. Also
-    # of a bfloat16 table: to widen the rows that are read takes less than to widen all.
+    # of a bfloat16 table, which comes here only if few rows are read: to widen these is less work
+    # than to widen all.
     if values.device.type != "cpu" or R > S or values.dtype != grad_y.dtype:
         return torch.einsum("nd,nrd->nr", grad_y, values[indices].to(grad_y.dtype))  # (N, R)
     # A CSR matrix should have sorted, different columns. Ours are neither, and nothing checks them.

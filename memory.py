@@ -81,8 +81,9 @@ class MemoryTable(nn.Module):
 
     Register a table in your model before you give it to layers. If no module has it by then, it
     becomes a part of the first layer that reads it. Its values are a parameter like any other, and
-    any optimizer can train them. RowAdam, below, takes 8 bytes a value where AdamW takes 16, and a
-    step on a CPU costs the rows that were read. It also trains a table in bfloat16 or in slices.
+    any optimizer can train them. RowAdam, below, takes 8 bytes a value where AdamW takes 16, and
+    its step on a CPU costs the rows that were read, if a forward has fewer lookups than the table
+    has rows. It also trains a table in bfloat16 or in slices.
 
     mesh: a torch DeviceMesh ("replica", "slice") of several ranks. The P ranks along "slice" hold
     D/P dims of every slot each, and only RowAdam trains them. Raises ValueError if P does not
@@ -150,7 +151,7 @@ class MemoryTable(nn.Module):
         return F.embedding(slots, self.values, sparse=self.by_row(slots.numel()))
 
     def by_row(self, lookups):
-        """Whether this many lookups get a sparse gradient, as RowAdam wants it on a CPU."""
+        """Whether this many lookups get a sparse gradient, for RowGradient, below. On a CPU."""
         if torch.compiler.is_compiling() or self.values.device.type != "cpu":
             return False
         return lookups < len(self.values) and self.values in ROW_GRADIENTS
@@ -569,7 +570,7 @@ class RowGradient:
 
     A sparse gradient is written into one dense buffer, which becomes values.grad; autograd adds
     later ones to it in place. zero_grad may set values.grad to None, but the buffer stays: before
-    the next gradient is written, the rows that may not be zero are cleared. rows: these (U,),
+    the next gradient is written, the rows that may be nonzero are cleared. rows: these (U,),
     sorted, or None: all. To keep a gradient beyond zero_grad, clone it.
     """
 
@@ -607,7 +608,7 @@ class RowGradient:
         self.version = self.buffer._version
 
     def rows_of(self, grad):
-        """The rows of a gradient that may not be zero: (U,) sorted, or None: all."""
+        """The rows of a gradient that may be nonzero: (U,) sorted, or None: all."""
         if grad is not self.buffer or self.rows is None or dist.is_initialized():
             return None  # other ranks have other rows
         if grad._version != self.version:

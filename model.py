@@ -247,7 +247,7 @@ class GPT(nn.Module):
     def fill_in(self, _=None):
         """Tie the head and make the positions, also after load_state_dict.
 
-        Checkpoints do not hold them, and a model that comes from the meta device has lost them.
+        ckpt.pt does not hold them, and a model that comes from the meta device has lost them.
         """
         self.head.weight = self.wte.weight  # tied (V, C)
         hs = self.config.n_embd // self.config.n_head
@@ -304,9 +304,9 @@ class GPT(nn.Module):
             if caches is not None:
                 caches[i] = cache
         x = self.norm(x)  # (B, T, C)
-        # A loss that stayed in its layer would keep its graph alive, and could not be copied.
         balanced = [layer for _, layer in self.memories() if layer.balance_weight]
         balances = [layer.balance for layer in balanced]
+        # A loss that stayed in its layer would keep its graph alive, and could not be copied.
         for _, layer in self.memories():
             layer.balance = None
         if targets is None:

@@ -217,12 +217,12 @@ def make_facts(out="data/facts", people=8000, relations=5, answers=64, documents
     tok, subjects, windows, spans = fact_windows(
         rng, people + control, relations, answers, tokenizer, names)
     F, _, window = windows.shape
-    rows = windows.reshape(F * PHRASINGS, window)
+    flat = windows.reshape(F * PHRASINGS, window)
     # Sums of the probabilities: person r is drawn by a number between chance[r-1] and chance[r].
     chance = ((np.arange(people) + zipf_shift) ** -float(zipf_power)).cumsum()  # (people,)
 
     def draw(n):
-        """n facts at random, and a phrasing for each: numbers of facts, of rows of `windows`."""
+        """n facts at random, and a phrasing for each: numbers of facts, of rows of `flat`."""
         person = chance.searchsorted(rng.random(n) * chance[-1], side="right")  # (n,)
         person = np.minimum(person, people - 1)  # rounding can lead past the last one
         fact = person * relations + rng.integers(relations, size=n)  # (n,)
@@ -232,8 +232,8 @@ def make_facts(out="data/facts", people=8000, relations=5, answers=64, documents
         if folder is None:  # another process has made it meanwhile
             return
         # exposures (F,): how often each fact is in train.bin
-        exposures = write_facts(folder / "train.bin", documents, draw, rows, F, tok)
-        write_facts(folder / "val.bin", val_documents, draw, rows, F, tok, examples=6)
+        exposures = write_facts(folder / "train.bin", documents, draw, flat, F, tok)
+        write_facts(folder / "val.bin", val_documents, draw, flat, F, tok, examples=6)
         # The first phrasing is in the text ("seen"), the last one is not ("unseen").
         np.savez_compressed(
             folder / "recall.npz",
@@ -426,7 +426,7 @@ def make_text(source, out="", tokenizer="gpt2", vocab_size=8192, separator=EOT, 
         tok = make_tokenizer(tokenizer)
     paths = [get(path, no_verify) for path in paths]
     plan = plan_files(paths, is_known, separator, val_fraction)
-    every = round(1 / val_fraction)
+    every = round(1 / val_fraction)  # of so many documents, one is for validation
     if tok is None:
         words = frequent_words(batches(plan, separator, every), vocab_size)
         tok = make_tokenizer(tokenizer, words)

@@ -95,7 +95,7 @@ def write(model, tok, about, args):
 
 
 def ids_of(tok, prompt, run):
-    """The tokens of a prompt, of a document's beginning if it is None."""
+    """The tokens of a prompt. None: only the end-of-text token, after which a document begins."""
     if prompt is not None and is_facts(run):
         prompt = as_stored(prompt)
     ids = tok.encode(prompt or "")

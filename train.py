@@ -110,7 +110,8 @@ class Settings(GPTConfig):
         return self.half_key_share * self.learning_rate
 
 
-# What a preset changes in Settings. Every preset trains with memory layers, unless --ffn dense.
+# What a preset changes in Settings. With every preset, --ffn is memory unless it is given: see
+# settings.preset_settings.
 PRESETS = {
     # One small memory layer: here the plain Memory recalls more than Memory+ (docs/results.md).
     "facts": dict(
@@ -506,8 +507,8 @@ class Run:
             # Looking at the loss makes the CPU wait for the device, so we look only when something
             # depends on it. All ranks must look in the same step, since they decide together.
             warmed_up = step == trainer.steps_done + WARM_UP  # ends the lap that is not timed
-            may_stop = bool(stop) if trainer.world == 1 else step >= next_look
-            if not (time_to_log or warmed_up or may_stop):
+            time_to_look = bool(stop) if trainer.world == 1 else step >= next_look
+            if not (time_to_log or warmed_up or time_to_look):
                 continue
             loss = sum_over_ranks(loss) / trainer.world
             check_finite(loss, norms, step, s)
@@ -641,6 +642,7 @@ def train(s, preset, resume):
     out = Path(s.out_dir)
     if run_folder.is_over(s, resume, rank):
         return 0
+    # The kinds whose tables can be sliced are those that read mem_dtype.
     bfloat16_table = kind_of(s).can_be_sliced and s.mem_dtype == "bfloat16"
     device = choose_device(s, bfloat16_table, local_rank, world)
     meet_the_others(device, rank, world)
