@@ -14,8 +14,7 @@ done
 for seed in 1 2 3; do
     run facts-hash-$seed --ffn hash $adamw --value-lr 4e-2 --seed $seed
     run facts-peer-$seed --ffn peer $adamw --learning-rate 1.5e-3 --value-lr 1e-2 --seed $seed
-    run facts-ultramem-$seed --ffn ultramem $adamw --learning-rate 1.5e-3 --value-lr 1.6e-1 \
-        --seed $seed
+    run facts-ultramem-$seed --ffn ultramem --learning-rate 1.5e-3 --value-lr 6.4e-1 --seed $seed
     run facts-plus-$seed --mem-gate --qk-norm $adamw --learning-rate 1.5e-3 --value-lr 2.56 \
         --seed $seed
     # Dense models of twice and of four times the FLOPs.

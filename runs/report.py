@@ -163,11 +163,11 @@ def names_table(runs):
     rows = []
     for names, example in NAMES.items():
         row = [example]
-        for kind in ("dense", "memory", "hash"):
-            name = f"{names}-{kind}".replace("facts-memory", "adamw-memory")
+        for kind in ("dense", "memory", "adamw", "hash"):
+            name = f"{names}-{kind}".replace("facts-adamw", "adamw-memory")
             row += spreads(runs, name, ["facts recalled"])
         rows.append(row)
-    return markdown(["people are named", "dense", "Memory", "hash"], rows)
+    return markdown(["people are named", "dense", "Memory", "Memory, AdamW", "hash"], rows)
 
 
 def own_table(runs):
@@ -279,22 +279,32 @@ def variants_table(runs):
                      "facts recalled"], rows)
 
 
-# Slots: the runs with AdamW, those with RowAdam.
-ROW = {"16,384": ("adamw-memory", "facts-memory"), "65,536": ("adamw-n256", "facts-n256"),
-       "262,144": ("adamw-n512", "facts-n512")}
+# The table, its optimizer, the kind of runs.
+ROW = [
+    ("1,024 slots", "AdamW", "adamw-n32"),
+    ("1,024 slots", "RowAdam", "facts-n32"),
+    ("4,096 slots", "AdamW", "adamw-n64"),
+    ("4,096 slots", "RowAdam", "facts-n64"),
+    ("16,384 slots", "AdamW", "adamw-memory"),
+    ("16,384 slots", "RowAdam", "facts-memory"),
+    ("65,536 slots", "AdamW", "adamw-n256"),
+    ("65,536 slots", "RowAdam", "facts-n256"),
+    ("262,144 slots", "AdamW", "adamw-n512"),
+    ("262,144 slots", "AdamW, rate 0.64", "adamw-n512-6.4e-1"),
+    ("262,144 slots", "RowAdam", "facts-n512"),
+    ("UltraMem", "AdamW", "adamw-ultramem"),
+    ("UltraMem", "RowAdam", "facts-ultramem"),
+]
 
 
 def row_table(runs):
-    """AdamW and RowAdam on tables of three sizes."""
-    rows = []
-    for slots, kinds in ROW.items():
-        for title, kind in zip(("AdamW", "RowAdam"), kinds):
-            rows.append([slots, title, str(len(seeds(runs, kind))),
-                         spread(values(runs, kind, "recall"), 3),
-                         spread(values(runs, kind, "val_loss"), 4),
-                         f"{mean(runs, kind, 'memory_usage'):.0%}"])
-    return markdown(["slots", "optimizer of the table", "seeds", "facts recalled",
-                     "validation loss", "slots used"], rows)
+    """AdamW and RowAdam on tables of several sizes."""
+    rows = [[table, optimizer, str(len(seeds(runs, kind))),
+             spread(values(runs, kind, "recall"), 3),
+             spread(values(runs, kind, "val_loss"), 4),
+             f"{mean(runs, kind, 'memory_usage'):.0%}"] for table, optimizer, kind in ROW]
+    return markdown(["table", "its optimizer", "seeds", "facts recalled", "validation loss",
+                     "slots used"], rows)
 
 
 # How the run is named: what differs from the defaults.
@@ -306,7 +316,17 @@ ROW_TUNING = {
     "row-keys-1": "half-keys at the full rate",
     "row-6.4e-1-keys-1": "rate 0.64, half-keys at the full rate",
     "adamw-memory": "AdamW, rate 0.16, half-keys at the full rate",
-    "adamw-keys": "AdamW, rate 0.16, half-keys at a third"}
+    "adamw-keys": "AdamW, rate 0.16, half-keys at a third",
+    "row-ultramem-1.6e-1": "UltraMem, RowAdam, rate 0.16",
+    "facts-ultramem": "UltraMem, RowAdam, rate 0.64",
+    "adamw-ultramem": "UltraMem, AdamW, rate 0.16",
+    "row-hash-1.6e-1": "hash, RowAdam, rate 0.16",
+    "facts-hash": "hash, AdamW, rate 0.04",
+    "row-peer-4e-2": "PEER, RowAdam, rate 0.04",
+    "facts-peer": "PEER, AdamW, rate 0.01",
+    "row-plus-2.56": "Memory+, RowAdam, rate 2.56",
+    "facts-plus": "Memory+, AdamW, rate 2.56",
+}
 
 
 def row_tuning_table(runs):
@@ -357,7 +377,10 @@ TUNING = ["", "rate", "of the table or experts", "validation loss", "facts recal
 SECOND_RATE = {"MoE": "expert_lr", "hash": "value_lr", "PEER": "value_lr", "UltraMem": "value_lr",
                "Memory": "value_lr", "Memory+": "value_lr"}
 # Kinds of the sweep.
-TUNED = DENSE | {title: MAIN[title] for title in SECOND_RATE} | {"Memory": "adamw-memory"}
+TUNED = DENSE | {title: MAIN[title] for title in SECOND_RATE} | {
+    "UltraMem": "adamw-ultramem", "Memory": "adamw-memory"}
+
+
 def tuned(runs, kind):
     """Seed 1 of a kind, and the runs that differ from it in their rates alone."""
     swept = re.compile(f"tune-{kind.removeprefix('facts-')}-" + r"\d")
@@ -417,9 +440,9 @@ TABLES = {
     "README.md": [short_table],
     "docs/results.md": [main_table, slots_table, names_table, own_table, text_table,
                         teach_table],
-    "docs/appendix.md": [cost_table, exposures_table, scaling_table, reads_table, row_table, row_tuning_table,
-                         tuning_table, own_tuning_table, text_tuning_table, variants_table,
-                         older_table],
+    "docs/appendix.md": [cost_table, exposures_table, scaling_table, reads_table, row_table,
+                         row_tuning_table, tuning_table, own_tuning_table, text_tuning_table,
+                         variants_table, older_table],
     "docs/speed.md": [steps_table],
 }
 END = "<!-- report: end -->"

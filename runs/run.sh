@@ -12,7 +12,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python}
-# For a table that AdamW trains. Most results of the rivals are older than RowAdam.
+# For a table that AdamW trains. It suits the hash, PEER and Memory+ as well as RowAdam or better.
 adamw="--table-optimizer adamw --half-key-share 1"
 at_once=${JOBS:-1}
 if ((at_once > 1)); then

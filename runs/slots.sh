@@ -5,8 +5,8 @@
 source "$(dirname "${BASH_SOURCE[0]}")/run.sh"
 
 for seed in 1 2 3; do
-    run facts-n32-$seed $adamw --value-lr 1.6e-1 --mem-n-keys 32 --seed $seed
-    run facts-n64-$seed $adamw --value-lr 1.6e-1 --mem-n-keys 64 --seed $seed
+    run facts-n32-$seed --mem-n-keys 32 --seed $seed
+    run facts-n64-$seed --mem-n-keys 64 --seed $seed
     run facts-memory-$seed --seed $seed
     run facts-n256-$seed --mem-n-keys 256 --seed $seed
     run facts-n512-$seed --mem-n-keys 512 --seed $seed

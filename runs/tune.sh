@@ -32,15 +32,20 @@ run tune-peer-3e-3-1e-2 --ffn peer $adamw --learning-rate 3e-3 --value-lr 1e-2 -
 run tune-peer-3e-3-3e-3 --ffn peer $adamw --learning-rate 3e-3 --value-lr 3e-3 --seed 1
 run tune-peer-7.5e-4-1e-2 --ffn peer $adamw --learning-rate 7.5e-4 --value-lr 1e-2 --seed 1
 
-run tune-ultramem-7.5e-4-1.6e-1 --ffn ultramem $adamw --learning-rate 7.5e-4 \
+run tune-adamw-ultramem-7.5e-4-1.6e-1 --ffn ultramem $adamw --learning-rate 7.5e-4 \
     --value-lr 1.6e-1 --seed 1
-run tune-ultramem-1.5e-3-4e-2 --ffn ultramem $adamw --learning-rate 1.5e-3 --value-lr 4e-2 --seed 1
-run tune-ultramem-1.5e-3-6.4e-1 --ffn ultramem $adamw --learning-rate 1.5e-3 \
+run tune-adamw-ultramem-1.5e-3-4e-2 --ffn ultramem $adamw --learning-rate 1.5e-3 \
+    --value-lr 4e-2 --seed 1
+run tune-adamw-ultramem-1.5e-3-6.4e-1 --ffn ultramem $adamw --learning-rate 1.5e-3 \
     --value-lr 6.4e-1 --seed 1
-run tune-ultramem-3e-3-4e-2 --ffn ultramem $adamw --learning-rate 3e-3 --value-lr 4e-2 --seed 1
-run tune-ultramem-3e-3-1.6e-1 --ffn ultramem $adamw --learning-rate 3e-3 --value-lr 1.6e-1 --seed 1
-run tune-ultramem-3e-3-6.4e-1 --ffn ultramem $adamw --learning-rate 3e-3 --value-lr 6.4e-1 --seed 1
-run tune-ultramem-6e-3-4e-2 --ffn ultramem $adamw --learning-rate 6e-3 --value-lr 4e-2 --seed 1
+run tune-adamw-ultramem-3e-3-4e-2 --ffn ultramem $adamw --learning-rate 3e-3 \
+    --value-lr 4e-2 --seed 1
+run tune-adamw-ultramem-3e-3-1.6e-1 --ffn ultramem $adamw --learning-rate 3e-3 \
+    --value-lr 1.6e-1 --seed 1
+run tune-adamw-ultramem-3e-3-6.4e-1 --ffn ultramem $adamw --learning-rate 3e-3 \
+    --value-lr 6.4e-1 --seed 1
+run tune-adamw-ultramem-6e-3-4e-2 --ffn ultramem $adamw --learning-rate 6e-3 \
+    --value-lr 4e-2 --seed 1
 
 run tune-adamw-memory-1.5e-3-1.6e-1 $adamw --learning-rate 1.5e-3 --value-lr 1.6e-1 --seed 1
 run tune-adamw-memory-6e-3-1.6e-1 $adamw --learning-rate 6e-3 --value-lr 1.6e-1 --seed 1
