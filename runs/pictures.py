@@ -146,8 +146,8 @@ def draw_slots(runs, figure):
         "Dense, same FLOPs": ("facts-dense", BLUE, "-"),
     }
     draw_line(ax, slots, columns, "Memory", GREEN, "o-")
-    adamw = [values(runs, kind, "recall") for kind in ("adamw-memory", "adamw-n256", "adamw-n512")]
-    draw_line(ax, slots[2:], adamw, "Memory, AdamW on the table", PURPLE, "o--")
+    adamw = [values(runs, kind.replace("facts", "adamw"), "recall") for kind in SLOTS.values()]
+    draw_line(ax, slots, adamw, "Memory, AdamW on the table", PURPLE, "o--")
     ends = [slots[0] / 1.2, slots[-1] * 1.2]
     for label, (kind, color, style) in flat.items():
         draw_line(ax, ends, [values(runs, kind, "recall")] * 2, label, color, style)
