@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
 # Does a table need two moments for each number? RowAdam keeps one number per row and no momentum.
 # AdamW at five sizes, beside RowAdam in slots.sh and baselines.sh; then other rates of the table
-# and of the half-keys; then the tables of other kinds. 39 runs, four hours on two cores.
+# and of the half-keys; then the tables of other kinds. 41 runs, four hours on two cores.
 source "$(dirname "${BASH_SOURCE[0]}")/run.sh"
 
 for seed in 1 2 3; do
     run adamw-n32-$seed $adamw --value-lr 1.6e-1 --mem-n-keys 32 --seed $seed
     run adamw-n64-$seed $adamw --value-lr 1.6e-1 --mem-n-keys 64 --seed $seed
-    run adamw-n256-$seed $adamw --value-lr 1.6e-1 --mem-n-keys 256 --seed $seed
     run adamw-n512-$seed $adamw --value-lr 1.6e-1 --mem-n-keys 512 --seed $seed
     run adamw-n512-6.4e-1-$seed $adamw --value-lr 6.4e-1 --mem-n-keys 512 --seed $seed
 done
 for seed in 1 2 3 4 5; do
     run adamw-memory-$seed $adamw --value-lr 1.6e-1 --seed $seed
+    run adamw-n256-$seed $adamw --value-lr 1.6e-1 --mem-n-keys 256 --seed $seed
 done
 run adamw-n256-6.4e-1-1 $adamw --value-lr 6.4e-1 --mem-n-keys 256 --seed 1
 
