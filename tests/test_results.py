@@ -353,6 +353,8 @@ CLAIMS = [
     # One number per row
     ("At 65,536 slots it is worse: {:.3f} instead of {:.3f} (seed 1).",
      recall_of("adamw-n256-6.4e-1-1", "adamw-n256-1")),
+    ("AdamW was better: RowAdam recalls {:.3f} of the facts about people of one word, AdamW {:.3f}",
+     recalls("single-memory", "single-adamw")),
     ("the chance of such a difference would be {:.2f} at 16,384 slots and {:.2f} at 65,536",
      [paired_p("adamw-memory", "facts-memory"), paired_p("adamw-n256", "facts-n256")]),
     ("Two layers that share the table recall {:.2f} with as many reads in all, one layer {:.2f}",
