@@ -292,6 +292,8 @@ ROW = [
     ("262,144 slots", "AdamW", "adamw-n512"),
     ("262,144 slots", "AdamW, rate 0.64", "adamw-n512-6.4e-1"),
     ("262,144 slots", "RowAdam", "facts-n512"),
+    ("real facts, words", "AdamW", "own-words-memory"),
+    ("real facts, words", "RowAdam", "row-own-words-4e-2"),
     ("UltraMem", "AdamW", "adamw-ultramem"),
     ("UltraMem", "RowAdam", "facts-ultramem"),
 ]
@@ -317,6 +319,9 @@ ROW_TUNING = {
     "row-6.4e-1-keys-1": "rate 0.64, half-keys at the full rate",
     "adamw-memory": "AdamW, rate 0.16, half-keys at the full rate",
     "adamw-keys": "AdamW, rate 0.16, half-keys at a third",
+    "row-own-words-8e-2": "real facts with words, RowAdam, rate 0.08",
+    "row-own-words-4e-2": "real facts with words, RowAdam, rate 0.04",
+    "own-words-memory": "real facts with words, AdamW, rate 0.04",
     "row-ultramem-1.6e-1": "UltraMem, RowAdam, rate 0.16",
     "facts-ultramem": "UltraMem, RowAdam, rate 0.64",
     "adamw-ultramem": "UltraMem, AdamW, rate 0.16",

@@ -34,7 +34,7 @@ APPENDIX = (ROOT / "docs" / "appendix.md").read_text("utf-8")
 SCRIPTS = {"baselines.sh": 41, "names.sh": 24, "tune.sh": 42, "slots.sh": 27, "scaling.sh": 17,
            "teach.sh": 3, "table_optimizer.sh": 41,
            "tinystories.sh": 15,
-           "own_facts.sh FACTS.tsv PATTERNS.tsv": 77, "text.sh STORIES.txt WEB.txt": 79}
+           "own_facts.sh FACTS.tsv PATTERNS.tsv": 81, "text.sh STORIES.txt WEB.txt": 79}
 STUB = """#!/usr/bin/env bash
 echo "$@" >> "$CALLS"
 """
