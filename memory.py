@@ -433,9 +433,10 @@ class RowAdam(torch.optim.Optimizer):
     A row-wise second moment is usual for embedding tables (row-wise Adagrad, arXiv 1906.00091).
     Training takes 8 bytes a value in float32, 6 in bfloat16: the value and its float32 gradient.
 
-    tables: list of MemoryTable, in float32 or bfloat16, which is rounded randomly. Make it after
-    the model is loaded, moved and converted. clip: largest norm of the gradient, of all tables
-    together. step() averages the gradient over the replicas of
+    Make it after the model is loaded, moved and converted.
+
+    tables: list of MemoryTable, in float32 or bfloat16, which is rounded randomly. clip: largest
+    norm of the gradient, of all tables together. step() averages the gradient over the replicas of
     a mesh and clips it, since the norm needs all slices. Afterwards, `norm` is the norm before
     clipping. If a forward has fewer lookups than the table has rows, a step on a CPU, not compiled,
     costs the rows that were read, and one pass over v: see RowGradient. Else it goes over all.
@@ -555,11 +556,11 @@ def attach(table):
     p = table.values  # (S, D/P)
     trains = p.requires_grad or table.mesh is not None  # a slice waits for this
     p.requires_grad_(True)  # the hooks of RowGradient need it
-    grad_dtype = torch.promote_types(p.dtype, torch.float32)
     grad = p.grad
     p.grad = None  # torch changes the dtype of a gradient only while there is none
-    p.grad_dtype = grad_dtype
-    p.grad = None if grad is None else grad.to(grad_dtype)
+    p.grad_dtype = torch.promote_types(p.dtype, torch.float32)
+    if grad is not None:
+        p.grad = grad.to(p.grad_dtype)
     if p not in ROW_GRADIENTS:
         ROW_GRADIENTS[p] = RowGradient(p)
     p.requires_grad_(trains)

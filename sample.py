@@ -96,7 +96,8 @@ def write(model, tok, about, args):
 
 def ids_of(tok, prompt, run):
     """The tokens of a prompt. None: only the end-of-text token, after which a document begins."""
-    if prompt is not None and is_facts(run):
+    from_facts = is_facts(run)
+    if prompt is not None and from_facts:
         prompt = as_stored(prompt)
     ids = tok.encode(prompt or "")
     if prompt is not None and not ids:
@@ -108,7 +109,7 @@ def ids_of(tok, prompt, run):
     # An end-of-text token begins a document. In the facts corpus each window is one document, so
     # the model has seen no sentence without it. Windows of other text begin anywhere, so there a
     # prompt needs none.
-    return [tok.eot] + ids if is_facts(run) or not ids else ids
+    return [tok.eot] + ids if from_facts or not ids else ids
 
 
 def samples(model, tok, ids, args):

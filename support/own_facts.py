@@ -176,7 +176,9 @@ def table_cells(path, wrong):
 
 
 def has_swallowed(cell, delimiter):
-    """Whether a cell seems to hold other rows: a line break, and a tab, or a comma without a space.
+    """Whether a cell seems to hold other rows: a line break, and a delimiter.
+
+    After a comma or semicolon of ordinary text comes a space, and it does not count.
     """
     separates = delimiter if delimiter == "\t" else delimiter + r"\S"
     return bool(re.search("[\r\n]", cell) and re.search(separates, cell))

@@ -31,8 +31,7 @@ def read_facts(folder):
 
 
 def as_stored(text):
-    """Names and prompts as the facts have them: one space between words, accents in one character.
-    """
+    """A name or a prompt as facts are stored: one space between words, an accent in its letter."""
     return unicodedata.normalize("NFC", " ".join(text.split()))
 
 

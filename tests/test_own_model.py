@@ -423,7 +423,7 @@ def in_an_encoder(dtype):
                                              batch_first=True)
     layer.linear1 = torch.nn.Identity()
     layer.linear2 = ProductKeyMemory(64, MemoryTable(32, 64, dtype), topk=8)
-    encoder = torch.nn.TransformerEncoder(layer, 3)
+    encoder = torch.nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
     return torch.nn.Sequential(encoder, torch.nn.Linear(64, 10)), 3
 
 

@@ -504,3 +504,15 @@ def test_the_exit_status_is_1_when_something_is_wrong(runs):
     assert process.returncode == 1
     assert process.stdout == ""
     assert re.fullmatch("sample.py: .*ckpt.pt does not exist.*\n", process.stderr)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_a_text_that_cannot_be_written(runs):
+    """Also if Python keeps it back until the end."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        process = subprocess.run([sys.executable, sample.__file__, str(runs / "memory"), "--slot",
+                                  "5"], stdout=full, stderr=subprocess.PIPE, text=True, env=env)
+    assert process.returncode == 1
+    assert process.stderr.splitlines()[1:] == [
+        "sample.py: the text cannot be written: No space left on device"]
