@@ -191,7 +191,7 @@ class MemoryTable(nn.Module):
         return share, torch.xlogy(p, p * len(p)).sum().item()  # relative to uniform
 
 
-HELD = weakref.WeakSet()  # the tables that are part of a module
+HELD = weakref.WeakSet()  # the tables that a module was ever given; copies are not noted
 
 
 def note_holder(module, name, part):
@@ -237,7 +237,7 @@ class Layer(nn.Module):
         self.tables = [table]  # the list hides it from nn.Module
 
     def __deepcopy__(self, memo):
-        """A copy without its model has a table of its own."""
+        """Unless its table was copied before it, the copy registers the table as its own."""
         is_alone = bool(self.tables) and id(self.table) not in memo
         new = memo[id(self)] = self.__class__.__new__(self.__class__)
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
@@ -491,15 +491,15 @@ class RowAdam(torch.optim.Optimizer):
         # Of each table: rows, their gradient, the sums of its squares.
         found = [self.read_rows(table) for table in tables]
         self.norm = sum(squares.sum() for *_, squares in found).sqrt().float()  # ()
-        scale = (self.clip / (self.norm + 1e-6)).clamp(max=1.0)  # ()
-        if self.clip == math.inf:
-            scale = torch.ones_like(scale)  # also for a gradient that is infinite
+        scale = torch.ones_like(self.norm)  # (), also for a gradient that is infinite
+        if self.clip < math.inf:
+            scale = (self.clip / (self.norm + 1e-6)).clamp(max=1.0)
         for table, (rows, g, squares) in zip(tables, found):
             self.update(table, rows, g, squares, scale)
         return loss
 
     def fits(self, p):
-        """Whether the state is one of these values (S, D/P)."""
+        """Whether the state has the size, dtype and device of these values (S, D/P)."""
         if p not in self.state or p.dtype not in TRAINABLE:
             return False
         v = self.state[p]["v"]  # (S,)
@@ -554,14 +554,15 @@ class RowAdam(torch.optim.Optimizer):
 def attach(table):
     """Prepare the gradient of a table for RowAdam."""
     p = table.values  # (S, D/P)
-    trains = p.requires_grad or table.mesh is not None  # a slice waits for this
+    is_new = p not in ROW_GRADIENTS
+    trains = p.requires_grad or (is_new and table.mesh is not None)  # a new slice is frozen
     p.requires_grad_(True)  # the hooks of RowGradient need it
     grad = p.grad
     p.grad = None  # torch changes the dtype of a gradient only while there is none
     p.grad_dtype = torch.promote_types(p.dtype, torch.float32)
     if grad is not None:
         p.grad = grad.to(p.grad_dtype)
-    if p not in ROW_GRADIENTS:
+    if is_new:
         ROW_GRADIENTS[p] = RowGradient(p)
     p.requires_grad_(trains)
 
@@ -587,6 +588,8 @@ class RowGradient:
         if not grad.is_sparse:
             self.rows = None
             return grad
+        if self.buffer is not None and self.buffer._version != self.version:
+            self.rows = None  # somebody has written to it, maybe to other rows
         grad = grad.coalesce()
         if self.rows is not None:
             self.rows = torch.cat((self.rows, grad.indices()[0])).unique()

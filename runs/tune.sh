@@ -5,7 +5,8 @@
 # A kind has one rate, or two: that of the whole, and that of its table or its experts. Each sweep
 # starts at 3e-3 for the whole, 4e-2 for a table and 3e-3 for experts. It tries half and twice the
 # first, a quarter and four times the second, and goes on from the best until both neighbours are
-# worse. The best of each kind is not here: it is seed 1 of baselines.sh.
+# worse. The best of each kind is not here: it is seed 1 of baselines.sh, or of
+# table_optimizer.sh (adamw-memory, adamw-ultramem).
 source "$(dirname "${BASH_SOURCE[0]}")/run.sh"
 
 run tune-dense-1.5e-3 --ffn dense --learning-rate 1.5e-3 --seed 1

@@ -519,3 +519,21 @@ def test_it_may_be_made_after_the_backward(dtype):
     assert torch.equal(table.values.grad, want)
     optimizer.step()
     assert not torch.equal(table.values, before)
+
+
+def test_a_write_between_two_backwards_counts():
+    table, net = two_layers(64)
+    optimizer = RowAdam([table], LR)
+    backward(net, 1)
+    backward(net, 2)
+    unread = (table.values.grad == 0).all(1).nonzero()[-1].item()
+    optimizer.zero_grad()
+    before = table.values[unread].clone()
+    backward(net, 1)
+    table.values.grad[unread] = 1.0
+    backward(net, 2)
+    optimizer.step()
+    assert not torch.equal(table.values[unread], before)
+    optimizer.zero_grad()
+    backward(net, 1)
+    assert not table.values.grad[unread].any()
