@@ -72,7 +72,9 @@ TEXT = {
     "Memory+": "plus",
     "Memory+" + TWICE: "plus-long",
 }
-# Kind -> title of its model in steps.json
+# Kind -> title of its model in steps.json, or in text_steps.json
+TEXT_STEP_OF = {f"text-{text}-{name}": title.removesuffix(TWICE)
+                for text in TEXTS for title, name in TEXT.items()}
 STEP_OF = {kind: title for title, kind in (MAIN | DENSE | EXPERTS).items()}
 STEP_OF |= {kind: f"Memory, {slots} slots" for slots, kind in SLOTS.items()}
 STEP_OF |= {
@@ -175,24 +177,26 @@ def share_lost(lesson):
 #
 # It comes from steps that were timed in turn, because the speed of a machine changes between runs.
 
+def dense_of(kind):
+    """The dense kind of the same study."""
+    if kind not in TEXT_STEP_OF:
+        return "facts-dense"
+    text = kind.split("-")[1]
+    return f"text-{text}-dense"
+
+
 def training_time(runs, kind):
-    """How many times as long as dense with 5,000 steps a kind of the facts study trains."""
-    step = read("steps")[STEP_OF[kind]]["ratio"][1]
-    return step * mean(runs, kind, "max_steps") / mean(runs, "facts-dense", "max_steps")
+    """How many times as long as the dense model of its study a kind trains."""
+    steps, titles = ("text_steps", TEXT_STEP_OF) if kind in TEXT_STEP_OF else ("steps", STEP_OF)
+    step = read(steps)[titles[kind]]["ratio"][1]
+    return step * mean(runs, kind, "max_steps") / mean(runs, dense_of(kind), "max_steps")
 
 
-def text_time(runs, text, title):
-    """How many times as long as dense a kind of TEXT trains on one of TEXTS."""
-    step = read("text_steps")[title.removesuffix(TWICE)]["ratio"][1]
-    steps = mean(runs, f"text-{text}-{TEXT[title]}", "max_steps")
-    return step * steps / mean(runs, f"text-{text}-dense", "max_steps")
-
-
-def dense_for_as_long(runs, text, time):
-    """About the loss of dense on a text if it trained `time` times as long, from 1 to 2.
+def dense_for_as_long(runs, kind, time):
+    """About the loss of dense on the text of a kind if it trained `time` times as long, 1 to 2.
 
     Interpolated between its runs of once and of twice the steps, over the logarithm of the time.
     """
-    once = mean(runs, f"text-{text}-dense", "val_loss")
-    twice = mean(runs, f"text-{text}-dense-long", "val_loss")
+    once = mean(runs, dense_of(kind), "val_loss")
+    twice = mean(runs, f"{dense_of(kind)}-long", "val_loss")
     return once + (twice - once) * math.log2(time)
