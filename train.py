@@ -49,7 +49,6 @@ from support.files import write_json
 from support.machine import (choose_device, describe_hardware, explain, has_bfloat16, peak_flops,
                              peak_memory, put_back, will_compile)
 from support.pictures import compare, try_to_draw
-from support.profiler import profile
 from support.ranks import meet_the_others, ranks, share_out, sum_over_ranks, wait_for_all
 from support.readers import save_readers
 from support.recall import read_facts
@@ -101,8 +100,6 @@ class Settings(GPTConfig):
     mem_parallel: int = setting(0, "ranks that share a table, each holding some of its dims; "
                                 "0: all ranks; 1: each holds the whole", 0, MANY)
     compile: bool = setting(None, "torch.compile; default: with CUDA")
-    profile: bool = setting(False, "print where the time of 20 steps goes, "
-                            "operation by operation, and stop")
 
     @property
     def half_key_lr(self):
@@ -665,9 +662,6 @@ def train(s, preset, resume):
         hardware = describe_hardware(device)
         if rank == 0:
             print(run_folder.describe_run(trainer, preset, hardware), flush=True)
-        if s.profile:
-            profile(trainer)
-            return 0
         if rank == 0:
             run_folder.prepare_folder(s, preset, trainer.steps_done, hardware)
         with StopRequest() as stop:

@@ -25,7 +25,7 @@ def own_folder(s, rank, resume):
 
     A run that was killed may need some seconds to end. Another one that resumes it waits for that.
     """
-    if rank or s.profile:
+    if rank:
         yield
         return
     out = Path(s.out_dir)

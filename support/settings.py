@@ -70,8 +70,6 @@ def read_settings(argv, Settings, presets, description):
     s = preset_settings(Settings, presets[preset], inherited(given, resume) | given)
     if not s.out_dir:
         s.out_dir = f"out/{preset}-{s.ffn}-{s.seed}"
-        if s.profile:
-            s.out_dir += "-profile"
     if runs:  # without --out-dir, compare() puts its picture beside the first run
         s.out_dir = given.get("out_dir", "")
     elif resume:
@@ -89,6 +87,7 @@ def read_config(folder):
                        "another run with --out-dir out/NAME"):
         config = json.loads(path.read_text("utf-8"))
         config["settings"]["mem_layers"] = tuple(config["settings"]["mem_layers"])
+        config["settings"].pop("profile", None)  # of older runs, in which it changed nothing
     return config
 
 

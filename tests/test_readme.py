@@ -176,7 +176,7 @@ def test_flags_exist(capsys):
              capsys.readouterr().out]
     known = set(re.findall(r"--[a-z][\w-]+", " ".join(helps)))
     known |= {"--plot", "--seconds"}  # tests/bench_kernel.py
-    known |= {"--study", "--kind", "--json", "--nanogpt"}  # tests/time_steps.py
+    known |= {"--study", "--profile", "--kind", "--json", "--nanogpt"}  # tests/time_steps.py
     known |= {"--collect"}  # runs/report.py
     known |= set(re.findall(r"--[a-z][\w-]+", measure_gpu.make_parser().format_help()))
     known |= {"--signals-to-handle"}  # torchrun

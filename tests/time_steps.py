@@ -6,6 +6,7 @@ How much longer does a training step take with memory? Steps of several models, 
     python tests/time_steps.py --study --json runs/results/steps.json   # all of docs/results.md
     python tests/time_steps.py --study --kind PEER --json runs/results/steps.json  # beside dense
     python tests/time_steps.py --nanogpt ../nanoGPT/model.py        # beside nanoGPT's own GPT
+    python tests/time_steps.py --profile --ffn dense    # where the time of 20 steps of a model goes
 
 In turn, so that a machine whose speed changes from minute to minute is as fast for each. --seconds
 says how long it measures (60). --kind, once or more, names what to time beside dense. --json keeps
@@ -114,6 +115,24 @@ def time_in_turn(steps, seconds, warm_up):
     return ms
 
 
+def profile(argv):
+    """Print where the time of 20 steps goes, operation by operation, after 10 to warm up."""
+    run, step = trainer(argv)
+    for _ in range(10):
+        step()
+    # The profiler's records fragment the heap. Free enough memory now, so that no step has to ask
+    # the operating system for more: that would cost time that a run does not pay.
+    blocks = [torch.ones(2**22) for _ in range(32)]
+    del blocks
+    profiler = torch.profiler.profile()
+    profiler.start()
+    for _ in range(20):
+        step()
+    profiler.stop()
+    key = "self_cuda_time_total" if run.cuda else "self_cpu_time_total"
+    print(profiler.key_averages().table(sort_by=key, row_limit=30, max_name_column_width=60))
+
+
 def quartiles(ms):
     """{kind: ms of each round} -> {kind: its quartiles, and those of the ratio to dense}."""
     found = {}
@@ -129,6 +148,7 @@ def read_flags(argv):
     """-> what is meant for this script, and the rest, which is for train.py."""
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--study", action="store_true")
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--kind", action="append")
     parser.add_argument("--nanogpt")
     parser.add_argument("--json")
@@ -163,6 +183,9 @@ def write_rows(path, found, with_dense):
 
 def main(argv, warm_up=8):
     ours, argv = read_flags(argv)
+    if ours.profile:
+        profile(argv)
+        return
     kinds = choose_kinds(ours)
     steps = {kind: trainer([*flags, *argv])[1] for kind, flags in kinds.items()}
     if ours.nanogpt:
