@@ -29,13 +29,13 @@ import base64
 import collections
 import errno
 import functools
-import inspect
 import itertools
 import math
 import os
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from support.terminal import (Parser, counted, listen_to_ctrl_c, quiet_ctrl_c, say_problem,
@@ -49,11 +49,11 @@ import tiktoken
 import tiktoken_ext.openai_public
 
 from support import own_facts, sources
-from support.data_folder import how_to_make, is_finished, making, read_meta, write_meta
+from support.data_folder import how_to_make, make_folder, read_meta, write_meta
 from support.download import SOURCES, certificate_hint, get
-from support.fields import flag
+from support.fields import add_flags, check_limits, flag, setting
 from support.files import reading, sha256
-from support.invented import (FIRST_NAMES, LAST_NAMES, NAMES, PHRASINGS, RELATIONS,
+from support.invented import (FIRST_NAMES, LAST_NAMES, MOST_PEOPLE, NAMES, PHRASINGS, RELATIONS,
                               TRAINED_PHRASINGS, check_facts)
 from support.text import BATCH, batches, plan_files
 
@@ -192,77 +192,107 @@ def frequent_words(found, vocab_size):
 
 # ---- the facts corpus
 
-def make_facts(out="data/facts", people=8000, relations=5, answers=64, documents=640_000,
-               val_documents=4096, zipf_shift=20.0, zipf_power=1.0, control=200, seed=1337,
-               tokenizer="words", names="shared", force=False):
+MANY = 10**12
+MOST_SENTENCES = 10**8  # of facts of your own
+
+
+@dataclass
+class FactsText:
+    """The settings of a text of facts, whether they are invented or your own."""
+    val_documents: int = setting(4096, "sentences to validate on", 1, MANY)
+    zipf_shift: float = setting(20.0, "larger: the frequent ones are less frequent", 0.001, 10**9)
+    zipf_power: float = setting(1.0, "0: all are equally frequent", 0, 100)
+    seed: int = setting(1337, "of the random numbers", 0, 2**63)
+    tokenizer: str = setting("words", "")
+
+
+@dataclass
+class Facts(FactsText):
+    """The settings of make_facts."""
+    people: int = setting(8000, "people who are named in the text", 1, MOST_PEOPLE)
+    relations: int = setting(5, "things known of each person", 1, len(RELATIONS))
+    answers: int = setting(64, "possible answers per relation", 2, 100)
+    documents: int = setting(640_000, "sentences to train on", 1, MANY)
+    control: float = setting(200, "more people, who are never named. With --from-file: the share "
+                             "of facts that are never in the text", 0, MOST_PEOPLE)
+    names: str = setting("shared", "shared: Rasia Westshaw, where others have these names, too; "
+                         "apart: Rasia of house Westshaw; single: one word for each person")
+
+
+def make_facts(out="data/facts", force=False, **settings):
     """Make the folder `out` with facts about invented people: `people` x `relations` of them.
 
     One document is one fact in one window: eot, the sentence, then eot up to the window's end. The
     person of rank r is named with probability ~ 1 / (r + zipf_shift)^zipf_power: a few often, most
-    seldom, and the `control` group never. names: one of NAMES. Raises ValueError for settings that
-    cannot work.
+    seldom, and the `control` group never. settings: those of Facts. Raises ValueError for settings
+    that cannot work.
     """
-    settings = dict(
-        source="facts", people=people, relations=relations, answers=answers, documents=documents,
-        val_documents=val_documents, zipf_shift=zipf_shift, zipf_power=zipf_power,
-        control=control, seed=seed, tokenizer=tokenizer)
-    if names != "shared":  # older folders do not have this setting
-        settings["names"] = names
-    check_facts(settings)
-    if is_finished(out, settings, force):
-        return
+    s = Facts(**settings)
+    check_limits(s)
+    check_facts(s)
+    s.control = int(s.control)
+    settings = dict(source="facts", **asdict(s))
+    if s.names == "shared":  # older folders do not have this setting
+        del settings["names"]
+
+    def write(folder):
+        write_invented(folder, s, settings)
+    make_folder(out, settings, force, write)
+
+
+def write_invented(folder, s, settings):
+    """Fill a folder with facts about invented people. s: Facts. settings: for meta.json."""
     # The number of a fact is person * relations + relation, and the people of the control group
     # have the highest numbers. There are F facts.
-    rng = np.random.default_rng(seed)
-    tok, subjects, windows, spans = fact_windows(
-        rng, people + control, relations, answers, tokenizer, names)
+    rng = np.random.default_rng(s.seed)
+    people = s.people
+    relations = s.relations
+    tok, subjects, windows, spans = fact_windows(rng, s)
     F, _, window = windows.shape
-    flat = windows.reshape(F * PHRASINGS, window)
     # Sums of the probabilities: person r is drawn by a number between chance[r-1] and chance[r].
-    chance = ((np.arange(people) + zipf_shift) ** -float(zipf_power)).cumsum()  # (people,)
+    chance = ((np.arange(people) + s.zipf_shift) ** -s.zipf_power).cumsum()  # (people,)
 
     def draw(n):
-        """n facts at random, and a phrasing for each: numbers of facts, of rows of `flat`."""
+        """n facts at random, and a phrasing for each: numbers of facts, of rows of windows."""
         person = chance.searchsorted(rng.random(n) * chance[-1], side="right")  # (n,)
         person = np.minimum(person, people - 1)  # rounding can lead past the last one
         fact = person * relations + rng.integers(relations, size=n)  # (n,)
         return fact, fact * PHRASINGS + rng.integers(TRAINED_PHRASINGS, size=n)
 
-    with making(out, settings, force) as folder:
-        if folder is None:  # another process has made it meanwhile
-            return
-        # exposures (F,): how often each fact is in train.bin
-        exposures = write_facts(folder / "train.bin", documents, draw, flat, F, tok)
-        write_facts(folder / "val.bin", val_documents, draw, flat, F, tok, examples=6)
-        # The first phrasing is in the text ("seen"), the last one is not ("unseen").
-        np.savez_compressed(
-            folder / "recall.npz",
-            seen=windows[:, 0], seen_span=spans[:, 0],
-            unseen=windows[:, -1], unseen_span=spans[:, -1],
-            exposures=exposures, control=np.arange(F) >= people * relations,
-            subject=np.repeat(subjects, relations))
-        print(f"{counted(people, 'person', 'people')} ({counted(control, 'more is', 'more are')} "
-              f"never named), {counted(F, 'fact')}, windows of {window} tokens, exposures "
-              f"{quartiles(exposures[:people * relations])}")
-        write_meta(folder, tok, {"train": documents, "val": val_documents}, source="invented",
-                   settings=settings, window=window, people=people, relations=relations,
-                   answers=answers, control_people=control)
+    documents = {"train": s.documents, "val": s.val_documents}
+    draws = {"train": draw, "val": draw}
+    exposures = write_facts(folder, documents, draws, windows.reshape(-1, window), F, tok)  # (F,)
+    # The first phrasing is in the text ("seen"), the last one is not ("unseen").
+    np.savez_compressed(
+        folder / "recall.npz",
+        seen=windows[:, 0], seen_span=spans[:, 0],
+        unseen=windows[:, -1], unseen_span=spans[:, -1],
+        exposures=exposures, control=np.arange(F) >= people * relations,
+        subject=np.repeat(subjects, relations))
+    print(f"{counted(people, 'person', 'people')} ({counted(s.control, 'more is', 'more are')} "
+          f"never named), {counted(F, 'fact')}, windows of {window} tokens, exposures "
+          f"{quartiles(exposures[:people * relations])}")
+    write_meta(folder, tok, documents, source="invented", settings=settings, window=window,
+               people=people, relations=relations, answers=s.answers, control_people=s.control)
 
 
-def fact_windows(rng, people, relations, answers, tokenizer, names):
-    """Invent the people, and put every fact into words.
+def fact_windows(rng, s):
+    """Invent the people, those of the control group too, and put every fact into words. s: Facts.
 
     Returns the tokenizer; the people's names; windows (F, PHRASINGS, window) uint16, each fact in
     all phrasings; and spans (F, PHRASINGS, 2) int, where in the window the answer begins and ends.
     F = people * relations.
     """
+    people = s.people + s.control
+    relations = s.relations
+    answers = s.answers
     # Each person is a number below pool * pool, drawn without repetition: i // pool is the first
     # name, i % pool the last.
     pool = max(8, math.ceil(1.2 * math.sqrt(people)))
     first = rng.choice(FIRST_NAMES, pool, replace=False)
     last = rng.choice(LAST_NAMES, pool, replace=False)
     pairs = rng.choice(pool * pool, people, replace=False)
-    subjects = [NAMES[names].format(first[i // pool], last[i % pool]) for i in pairs]
+    subjects = [NAMES[s.names].format(first[i // pool], last[i % pool]) for i in pairs]
     # For each relation: how to say it, and a choice of the words that can answer.
     phrasings_of = [phrasings for _, *phrasings in RELATIONS[:relations]]
     answers_of = [rng.permutation(known)[:answers].tolist() for known, *_ in RELATIONS[:relations]]
@@ -270,10 +300,10 @@ def fact_windows(rng, people, relations, answers, tokenizer, names):
 
     # The texts: each fact in all its phrasings.
     vocabulary = ()
-    if tokenizer == "words":
+    if s.tokenizer == "words":
         everything = " ".join(itertools.chain(first, last, subjects, *phrasings_of, *answers_of))
         vocabulary = sorted(" " + word for word in set(re.findall("[a-zA-Z]+", everything)))
-    tok = make_tokenizer(tokenizer, vocabulary)
+    tok = make_tokenizer(s.tokenizer, vocabulary)
     width = {word: len(tok.encode(" " + word)) for known in answers_of for word in known}
     texts = []  # F * PHRASINGS lists of tokens
     spans = []  # as many
@@ -301,24 +331,29 @@ def fill_windows(texts, eot):
     return windows
 
 
-def write_facts(path, count, draw, windows, F, tok, examples=0):
-    """Draw `count` facts and write their windows to a .bin file. Prints the first `examples`.
+EXAMPLES = 6  # sentences of the validation text that are printed
 
-    draw(n): gives n numbers of facts, and the row of `windows` (rows, window) uint16 for each.
-    Returns exposures (F,) int64: how often each of the F facts was written.
+
+def write_facts(folder, documents, draws, windows, F, tok):
+    """Draw facts and write their windows to train.bin and val.bin. Prints some examples.
+
+    documents: {split: how many}. draws: {split: draw}, where draw(n) gives n numbers of facts, and
+    the row of `windows` (rows, window) uint16 for each. Returns exposures (F,) int64: how often
+    each of the F facts is in train.bin.
     """
-    exposures = np.zeros(F, np.int64)  # (F,)
-    with open(path, "wb") as file:
-        for begin in range(0, count, BATCH):
-            facts, rows = draw(min(BATCH, count - begin))  # (n,) both
-            file.write(windows[rows])
-            exposures += np.bincount(facts, minlength=F)
-            for row in windows[rows[:examples]]:
-                print("    " + tok.decode(row[row != tok.eot]))
-            examples = 0
-        # The last window's last token needs a target.
-        file.write(np.array([tok.eot], "<u2"))
-    return exposures
+    exposures = {split: np.zeros(F, np.int64) for split in documents}  # (F,) each
+    for split, count in documents.items():
+        with open(folder / f"{split}.bin", "wb") as file:
+            for begin in range(0, count, BATCH):
+                facts, rows = draws[split](min(BATCH, count - begin))  # (n,) both
+                file.write(windows[rows])
+                exposures[split] += np.bincount(facts, minlength=F)
+                if split == "val" and begin == 0:
+                    for row in windows[rows[:EXAMPLES]]:
+                        print("    " + tok.decode(row[row != tok.eot]))
+            # The last window's last token needs a target.
+            file.write(np.array([tok.eot], "<u2"))
+    return exposures["train"]
 
 
 def quartiles(exposures):
@@ -330,9 +365,15 @@ def quartiles(exposures):
 
 # ---- facts of your own
 
-def make_own_facts(from_file, out="data/own", control=0.025, documents=0, val_documents=4096,
-                   zipf_shift=20.0, zipf_power=1.0, longest=128, seed=1337, tokenizer="words",
-                   force=False):
+@dataclass
+class OwnFacts(FactsText):
+    """The settings of make_own_facts. What Facts has, too, is described there."""
+    control: float = setting(0.025, "", 0, 0.9)
+    documents: int = setting(0, "", 0, MOST_SENTENCES)
+    longest: int = setting(128, "most tokens of a sentence", 2, 10**6)
+
+
+def make_own_facts(from_file, out="data/own", force=False, **settings):
     """Make the folder `out` with your own facts. from_file: paths of FACTS.tsv and PATTERNS.tsv.
 
     FACTS has the columns relation, subject, answer, and optionally count: how often the fact
@@ -341,46 +382,47 @@ def make_own_facts(from_file, out="data/own", control=0.025, documents=0, val_do
 
     Without counts, `documents` sentences are drawn (0: 16 a fact). The fact of rank r in a random
     order has the probability ~ 1 / (r + zipf_shift)^zipf_power. control: share of the facts that
-    are never in the text and have no rank. longest: a sentence of more tokens is left out. Raises
-    ValueError for files and settings that cannot work.
+    are never in the text and have no rank. longest: a sentence of more tokens is left out.
+    settings: those of OwnFacts. Raises ValueError for files and settings that cannot work.
     """
-    facts_path, patterns_path = own_facts.two_tables(from_file)
-    settings = dict(
-        source="own facts", facts_sha256=sha256(facts_path), patterns_sha256=sha256(patterns_path),
-        control=control, documents=documents, val_documents=val_documents, zipf_shift=zipf_shift,
-        zipf_power=zipf_power, longest=longest, seed=seed, tokenizer=tokenizer)
-    own_facts.check_own_facts(settings)
-    if is_finished(out, settings, force):
-        return
-    facts, patterns = own_facts.read_own_facts(facts_path, patterns_path)
-    tok = own_tokenizer(tokenizer, facts, patterns)
-    facts, sentences = own_facts.put_into_words(facts, patterns, tok, longest)
+    paths = own_facts.two_tables(from_file)
+    s = OwnFacts(**settings)
+    check_limits(s)
+    settings = dict(source="own facts", facts_sha256=sha256(paths[0]),
+                    patterns_sha256=sha256(paths[1]), **asdict(s))
+    facts, patterns = own_facts.read_own_facts(*paths)
+
+    def write(folder):
+        write_own_facts(folder, s, settings, facts, patterns, files=[str(path) for path in paths])
+    make_folder(out, settings, force, write)
+
+
+def write_own_facts(folder, s, settings, facts, patterns, files):
+    """Fill a folder with facts of your own. s: OwnFacts. settings, files: for meta.json."""
+    tok = own_tokenizer(s.tokenizer, facts, patterns)
+    facts, sentences = own_facts.put_into_words(facts, patterns, tok, s.longest)
     F = len(facts)
     if F < 2:
-        raise ValueError(f"there is only one fact left: give at least two in {facts_path}")
-    rng = np.random.default_rng(seed)
-    text, other, is_control = own_facts.draw_own_facts(facts, settings, rng)
+        raise ValueError("there is only one fact left: give at least two")
+    rng = np.random.default_rng(s.seed)
+    text, other, is_control = own_facts.draw_own_facts(facts, s, rng)
     windows = fill_windows(sentences.texts, tok.eot)  # (sentences, window)
     window = windows.shape[1]
-    with making(out, settings, force) as folder:
-        if folder is None:  # another process has made it meanwhile
-            return
-        trained = own_facts.phrase(text, sentences, rng)
-        validated = own_facts.phrase(other, sentences, rng)
-        exposures = write_facts(folder / "train.bin", len(text), trained, windows, F, tok)
-        write_facts(folder / "val.bin", val_documents, validated, windows, F, tok, examples=6)
-        np.savez_compressed(folder / "recall.npz", **own_facts.recall_arrays(
-            facts, sentences, windows, exposures, is_control))
-        never = counted(is_control.sum(), "of them is", "of them are")
-        print(f"{F:,} facts ({never} never in the text), {counted(len(patterns), 'relation')}, "
-              f"windows of {window} tokens, exposures {quartiles(exposures[~is_control])}")
-        own_tokens = own_facts.share_with_own_token(facts, tok)
-        print(f"{own_tokens:.0%} of the subjects have a token that no other subject has "
-              f"(docs/results.md: what that means for a memory layer)")
-        write_meta(folder, tok, {"train": len(text), "val": val_documents}, source="own facts",
-                   settings=settings, window=window, answers=own_facts.possible_answers(facts),
-                   subjects_with_own_token=own_tokens,
-                   files=[str(path) for path in (facts_path, patterns_path)])
+    documents = {"train": len(text), "val": len(other)}
+    draws = {"train": own_facts.phrase(text, sentences, rng),
+             "val": own_facts.phrase(other, sentences, rng)}
+    exposures = write_facts(folder, documents, draws, windows, F, tok)  # (F,)
+    np.savez_compressed(folder / "recall.npz", **own_facts.recall_arrays(
+        facts, sentences, windows, exposures, is_control))
+    never = counted(is_control.sum(), "of them is", "of them are")
+    print(f"{F:,} facts ({never} never in the text), {counted(len(patterns), 'relation')}, "
+          f"windows of {window} tokens, exposures {quartiles(exposures[~is_control])}")
+    own_tokens = own_facts.share_with_own_token(facts, tok)
+    print(f"{own_tokens:.0%} of the subjects have a token that no other subject has "
+          f"(docs/results.md: what that means for a memory layer)")
+    write_meta(folder, tok, documents, source="own facts", settings=settings, window=window,
+               answers=own_facts.possible_answers(facts), subjects_with_own_token=own_tokens,
+               files=files)
 
 
 def own_tokenizer(name, facts, patterns):
@@ -395,56 +437,73 @@ def own_tokenizer(name, facts, patterns):
 
 # ---- texts
 
-def make_text(source, out="", tokenizer="gpt2", vocab_size=8192, separator=EOT, val_fraction=0.01,
-              from_file=(), small=False, downloads="data/downloads", no_verify=False,
-              workers=os.cpu_count() or 1, force=False):
+@dataclass
+class Text:
+    """The settings of make_text."""
+    tokenizer: str = setting("gpt2", "")
+    vocab_size: int = setting(8192, "tokens of --tokenizer words: bytes, words and eot",
+                              258, MOST_TOKENS)
+    separator: str = setting(EOT, "what stands between documents; \\n is a line's end")
+    val_fraction: float = setting(0.01, "part of the documents kept for validation", 1e-9, 0.5)
+    small: bool = setting(False, "only the small file, split for validation")
+    downloads: str = setting("data/downloads", "where downloads are kept")
+    no_verify: bool = setting(False, "accept files of another size or sha256")
+    workers: int = setting(os.cpu_count() or 1, "threads that encode", 0, 2**16)
+
+
+def make_text(source, out="", from_file=(), force=False, **settings):
     """Make the folder `out` from tinystories, openwebtext or texts of your own, as nanoGPT does.
 
     The documents follow one another, with eot after each. source: "tinystories", "openwebtext" or
-    the path of a text file, or of a folder with .txt files. Each other parameter is described at
-    its flag, below. Raises ValueError for settings that cannot work, and if a file is damaged or
-    too short or cannot be downloaded.
+    the path of a text file, or of a folder with .txt files. from_file: local copies instead of
+    downloads: train, then valid. settings: those of Text. Raises ValueError for settings that
+    cannot work, and if a file is damaged or too short or cannot be downloaded.
     """
     is_known = source in SOURCES  # else it is a path
+    s = Text(**settings)
+    check_limits(s)
     # The shell passes a line's end as \n, two characters. In the text it is one.
-    separator = separator.replace("\\r", "").replace("\\n", "\n").replace("\r\n", "\n")
+    s.separator = s.separator.replace("\\r", "").replace("\\n", "\n").replace("\r\n", "\n")
     out = out or sources.default_folder(source)
     local = from_file if is_known else sources.own_texts(source)
-    sources.check_source(source, local, from_file, small)
-    sources.check_text_numbers(vocab_size, separator, val_fraction, workers)
-    paths = sources.input_paths(source, local, downloads, small)
+    sources.check_source(source, local, from_file, s.small, s.separator)
+    paths = sources.input_paths(source, local, s.downloads, s.small)
     settings = dict(
         source=source if is_known else "text", files=sources.name_files(source, paths, local),
-        tokenizer=tokenizer, separator=separator, val_fraction=val_fraction,
-        vocab_size=vocab_size if tokenizer == "words" else None)
-    if is_finished(out, settings, force):
-        return
+        tokenizer=s.tokenizer, separator=s.separator, val_fraction=s.val_fraction,
+        vocab_size=s.vocab_size if s.tokenizer == "words" else None)
+
+    def write(folder):
+        write_text(folder, s, settings, paths, is_known)
+    make_folder(out, settings, force, write)
+
+
+def write_text(folder, s, settings, paths, is_known):
+    """Fill a folder with a text. s: Text. settings: for meta.json. paths: the files, in order."""
     # If the gpt2 vocabulary is missing, say so now and not after hours of downloads. A vocabulary
     # of words can only be made from the text.
     tok = None
-    if tokenizer != "words":
-        tok = make_tokenizer(tokenizer)
-    paths = [get(path, no_verify) for path in paths]
-    plan = plan_files(paths, is_known, separator, val_fraction)
-    every = round(1 / val_fraction)  # of so many documents, one is for validation
+    if s.tokenizer != "words":
+        tok = make_tokenizer(s.tokenizer)
+    paths = [get(path, s.no_verify) for path in paths]
+    plan = plan_files(paths, is_known, s.separator, s.val_fraction)
+    every = round(1 / s.val_fraction)  # of so many documents, one is for validation
     if tok is None:
-        words = frequent_words(batches(plan, separator, every), vocab_size)
-        tok = make_tokenizer(tokenizer, words)
-    with making(out, settings, force) as folder:
-        if folder is None:  # another process has made it meanwhile
-            return
-        count = write_tokens(folder, tokenized(batches(plan, separator, every), tok, workers), tok)
-        if not all(count.values()):
-            to_train = counted(count["train"], "document")
-            raise ValueError(f"{source}: {to_train} to train on, {count['val']} to validate on: "
-                             f"more text is needed")
-        origins = [sources.origin(path) for path in paths]
-        write_meta(folder, tok, count, source=origins, settings=settings)
-    val_tokens = (Path(out) / "val.bin").stat().st_size // 2
+        words = frequent_words(batches(plan, s.separator, every), s.vocab_size)
+        tok = make_tokenizer(s.tokenizer, words)
+    stream = tokenized(batches(plan, s.separator, every), tok, s.workers)
+    count = write_tokens(folder, stream, tok)
+    if not all(count.values()):
+        to_train = counted(count["train"], "document")
+        raise ValueError(f"{paths[0]}: {to_train} to train on, {count['val']} to validate on: more "
+                         f"text is needed")
+    write_meta(folder, tok, count, source=[sources.origin(path) for path in paths],
+               settings=settings)
+    val_tokens = (folder / "val.bin").stat().st_size // 2
     if val_tokens <= WINDOW:
-        print(f"{out}: {val_tokens} tokens to validate on are less than a window of {WINDOW}, so "
-              f"train.py will refuse them: use --force and more text or a larger --val-fraction "
-              f"(now {val_fraction}), or train with a lower --block-size")
+        print(f"{val_tokens} tokens to validate on are less than a window of {WINDOW}, so train.py "
+              f"will refuse them: use --force and more text or a larger --val-fraction (now "
+              f"{s.val_fraction}), or train with a lower --block-size")
 
 
 def encode_batch(tok, batch):
@@ -499,96 +558,47 @@ def write_tokens(folder, stream, tok):
 
 # ---- the command line
 
-HELP_FACTS = {
-    "people": "people who are named in the text",
-    "relations": "things known of each person, up to 8",
-    "answers": "possible answers per relation, up to 100",
-    "documents": "sentences to train on",
-    "val_documents": "sentences to validate on",
-    "zipf_shift": "larger: people are named more evenly",
-    "zipf_power": "0: all people are named equally often",
-    "seed": "of the random numbers",
-    "names": "shared: Rasia Westshaw, where others have these names, too; apart: Rasia of house "
-             "Westshaw; single: one word for each person",
-}
-
-
-HELP_OWN_FACTS = {
-    "longest": "most tokens of a sentence",
-}
-
-
-HELP_TEXT = {
-    "vocab_size": "tokens of --tokenizer words",
-    "separator": "what stands between documents; \\n is a line's end",
-    "val_fraction": "part of the documents kept for validation",
-    "from_file": "local copies instead of downloads: train, then valid. For facts of your own: "
-                 "FACTS.tsv, then PATTERNS.tsv",
-    "downloads": "where downloads are kept",
-    "workers": "threads that encode",
-    "small": "only the small file, split for validation",
-    "no_verify": "accept files of another size or sha256",
+# What makes a folder, and its settings.
+MAKERS = {
+    "facts": (make_facts, Facts),
+    "facts --from-file": (make_own_facts, OwnFacts),
+    "texts": (make_text, Text),
 }
 
 
 def make_parser():
-    """The parser. Defaults are not repeated here: make_facts and make_text have them."""
+    """The parser. What was not given is not in its result."""
     parser = Parser("prepare_data.py", __doc__)
-    parser.argument_default = argparse.SUPPRESS  # what was not given is not in the result
+    parser.argument_default = argparse.SUPPRESS
     parser.add_argument("source", nargs="?", default="facts",
                         help="facts, tinystories, openwebtext, or the path of a text file")
     parser.add_argument("--out", help="folder to make (data/<name>)")
     parser.add_argument("--tokenizer", choices=TOKENIZERS,
                         help="default for facts: words; for texts: gpt2")
     parser.add_argument("--force", action="store_true", help="replace a finished folder")
-    facts = parser.add_argument_group("facts")
-    add_flags(facts, make_facts, HELP_FACTS)
-    facts.add_argument("--control", type=number, help="more people, who are never named (200). "
-                       "With --from-file: the share of facts that are never in the text (0.025)")
-    add_flags(facts, make_own_facts, HELP_OWN_FACTS)
-    add_flags(parser.add_argument_group("texts"), make_text, HELP_TEXT)
+    parser.add_argument("--from-file", nargs="+", metavar="PATH",
+                        help="local copies instead of downloads: train, then valid. For facts of "
+                        "your own: FACTS.tsv, then PATTERNS.tsv")
+    known = {"tokenizer"}
+    for title, (_, settings) in MAKERS.items():
+        add_flags(parser.add_argument_group(title), settings(), known)
+        known |= {f.name for f in fields(settings)}
     return parser
-
-
-def number(text):
-    """"200" -> 200, "0.025" -> 0.025"""
-    try:
-        return int(text)
-    except ValueError:
-        return float(text)
-
-
-def add_flags(group, function, texts):
-    """Add a flag for each parameter of `function` in texts: {name of the parameter: help}.
-
-    The type of a flag is that of the parameter's default.
-    """
-    parameters = inspect.signature(function).parameters
-    for name, text in texts.items():
-        default = parameters[name].default
-        if default:
-            text += f" ({default})"
-        if isinstance(default, bool):
-            group.add_argument(flag(name), action="store_true", help=text)
-        elif isinstance(default, tuple):
-            group.add_argument(flag(name), nargs="+", metavar="PATH", help=text)
-        else:
-            group.add_argument(flag(name), type=type(default), help=text)
 
 
 def prepare(argv):
     """Do what the command line asks for. Raises ValueError if it makes no sense."""
     given = vars(make_parser().parse_args(argv))
-    source = given.pop("source")
-    make = make_facts
-    if source != "facts":
-        make = functools.partial(make_text, source)
-    elif "from_file" in given:
-        make = make_own_facts
+    source = given["source"]
+    is_text = given.pop("source") != "facts"
+    if not is_text and "from_file" in given:
         source = "facts --from-file"
-    unfit = given.keys() - inspect.signature(make).parameters.keys()
+    make, settings = MAKERS["texts" if is_text else source]
+    unfit = given.keys() - {f.name for f in fields(settings)} - {"out", "force", "from_file"}
     if unfit:
         raise ValueError(f"{flag(min(unfit))} is not for {source} (--help shows what there is)")
+    if is_text:
+        make = functools.partial(make, source)
     make(**given)
 
 

@@ -30,7 +30,7 @@ support/look.py, ablating, teaching and forgetting in support/edit.py.
 import codecs
 import signal
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from support.terminal import Parser, Steady, any_characters, quiet_ctrl_c, say_problem
@@ -46,7 +46,7 @@ from prepare_data import load_tokenizer
 from support import edit, look
 from support.checkpoint import load_checkpoint
 from support.data_folder import is_facts
-from support.fields import check_limits, flag, setting
+from support.fields import add_flags, check_limits, setting
 from support.machine import explain, pick_device, put_back
 from support.recall import as_stored, numbers_about, plain_text, read_facts
 
@@ -243,18 +243,14 @@ def make_parser():
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     parser.add_argument("--backend", default="auto", choices=kernel.BACKENDS,
                         help="what the memory operations run on")
-    for f in fields(Numbers):
-        help = f.metadata["help"]
-        if f.default is not None:
-            help += f" (default: {f.default})"
-        parser.add_argument(flag(f.name), type=f.type, default=f.default, help=help)
+    add_flags(parser, Numbers())
     return parser
 
 
 def read_args(argv):
-    """The command line -> argparse.Namespace. Raises ValueError for a number out of range."""
-    args = make_parser().parse_args(argv)
-    check_limits(Numbers(**{f.name: getattr(args, f.name) for f in fields(Numbers)}))
+    """The command line -> Numbers, and the other flags. Raises ValueError if they are wrong."""
+    args = make_parser().parse_args(argv, Numbers())
+    check_limits(args)
     changes = args.teach is not None or args.forget is not None
     if changes and not args.out:
         raise ValueError("--teach and --forget write a new run folder: name it with --out out/NAME")

@@ -106,27 +106,24 @@ def is_finished(out, settings, force):
 TEMPORARY = ".unfinished"
 
 
-@contextlib.contextmanager
-def making(out, settings, force):
-    """A temporary folder inside `out`. If the block succeeds, its files move to `out`.
+def make_folder(out, settings, force, write):
+    """Fill the folder `out`: write(temporary folder), then its files move. Not if it is finished.
 
     The old meta.json is deleted first and the new one is moved last, so there is never a meta.json
     beside files that it does not describe. When two processes make the same folder, one waits for
-    the other, finds `out` finished with its settings, and gets None.
+    the other, and finds it finished.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out / ".lock", message=f"another process is making {out}"):
-        if is_finished(out, settings, force):
-            yield None
-            return
-        with unfinished(out) as folder:
-            yield folder
+        if not is_finished(out, settings, force):
+            with unfinished(out) as folder:
+                write(folder)
 
 
 @contextlib.contextmanager
 def unfinished(out):
-    """The temporary folder of making()."""
+    """A temporary folder inside `out`, a Path. If the block succeeds, its files move to `out`."""
     temporary = out / TEMPORARY
     shutil.rmtree(temporary, ignore_errors=True)  # that of a process that was killed
     temporary.mkdir()

@@ -1,4 +1,5 @@
-"""A field of a dataclass of settings, with its help and its limits."""
+"""A dataclass of settings: its fields have help and limits, and become flags."""
+import argparse
 import math
 from dataclasses import field, fields
 
@@ -13,11 +14,26 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def check_ranges(settings, limits):
-    """Raise ValueError for a setting that is not within its limits: {name: (low, high)}."""
-    for name, (low, high) in limits.items():
-        if not low <= settings[name] <= high:  # nan fails, too
-            raise ValueError(f"{flag(name)} {settings[name]}: must be from {low} to {high}")
+def numbers(text):
+    """2,4,6 -> (2, 4, 6)"""
+    return tuple(int(number) for number in text.split(","))
+
+
+def add_flags(parser, settings, leave_out=()):
+    """Add a flag for each field of some settings, whose values are shown as defaults.
+
+    What was not given is not in the result of parse_args. leave_out: names of fields.
+    """
+    for f in fields(settings):
+        kind = dict(type=numbers if f.type is tuple else f.type)
+        if f.type is bool:
+            can_only_be_set = f.default is False
+            action = "store_true" if can_only_be_set else argparse.BooleanOptionalAction
+            kind = dict(action=action)
+        if f.name not in leave_out:
+            default = repr(getattr(settings, f.name)).strip("'")
+            text = f"{f.metadata['help']} ({default})".replace("%", "%%")
+            parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, **kind)
 
 
 def check_limits(settings):

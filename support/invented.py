@@ -1,5 +1,4 @@
 """The names and sentences of the facts corpus, of which prepare_data.make_facts makes its text."""
-from support.fields import check_ranges
 
 # --names single: each person is a token. The other words of the corpus are a few thousand.
 MOST_SINGLE_NAMES = 60_000
@@ -23,6 +22,10 @@ LAST_NAMES = compounds(
     "Lang North Oak Rook Thorn Up West",
     "beck by cliffe cott croft dale field gate grave hurst land ley lock man more ridge row shaw "
     "side smith son stead stone thwaite tree vale wald ward well win wood worth")
+
+
+# fact_windows draws its names from 1.2 * sqrt(people) first names and as many last names.
+MOST_PEOPLE = int((min(len(FIRST_NAMES), len(LAST_NAMES)) / 1.2) ** 2)
 
 
 # Each relation: the words that can answer, then five phrasings. The fifth phrasing is not in the
@@ -96,24 +99,17 @@ PHRASINGS = TRAINED_PHRASINGS + 1
 NAMES = {"shared": "{} {}", "apart": "{} of house {}", "single": "{}{}"}
 
 
-def check_facts(settings):
-    """Raise ValueError for settings of make_facts that cannot work."""
-    # fact_windows draws its names from 1.2 * sqrt(people) first names and as many last names.
-    most_names = min(len(FIRST_NAMES), len(LAST_NAMES))
-    most_people = int((most_names / 1.2) ** 2)
-    limits = {
-        "people": (1, most_people), "control": (0, most_people - settings["people"]),
-        "relations": (1, len(RELATIONS)), "answers": (2, 100),
-        "documents": (1, 10 ** 12), "val_documents": (1, 10 ** 12), "seed": (0, 2 ** 63),
-        "zipf_shift": (0.001, 10 ** 9), "zipf_power": (0, 100),
-    }
-    check_ranges(settings, limits)
-    everybody = settings["people"] + settings["control"]
-    if settings.get("names") == "single" and everybody > MOST_SINGLE_NAMES:
+def check_facts(s):
+    """Raise ValueError for settings, a prepare_data.Facts, that do not go together."""
+    if s.control % 1:
+        raise ValueError(f"--control {s.control}: give a whole number of people (a share is for "
+                         f"--from-file)")
+    everybody = s.people + s.control
+    if everybody > MOST_PEOPLE:
+        raise ValueError(f"--people {s.people} and --control {s.control} are {everybody}, and "
+                         f"there are names for {MOST_PEOPLE}: lower one of them")
+    if s.names not in NAMES:
+        raise ValueError(f"--names {s.names}: choose {' or '.join(NAMES)}")
+    if s.names == "single" and everybody > MOST_SINGLE_NAMES:
         raise ValueError(f"--names single: {everybody} people need as many tokens, and there is "
                          f"room for {MOST_SINGLE_NAMES}: lower --people")
-    if settings.get("names", "shared") not in NAMES:
-        raise ValueError(f"--names {settings['names']}: choose {' or '.join(NAMES)}")
-    if not isinstance(settings["control"], int):
-        raise ValueError(f"--control {settings['control']}: give a whole number of people (a share "
-                         f"is for --from-file)")

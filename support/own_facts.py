@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from support.fields import check_ranges
 from support.files import reading
 from support.recall import as_stored
 from support.terminal import counted
@@ -55,17 +54,6 @@ def two_tables(paths):
         if not Path(path).is_file():
             raise ValueError(f"--from-file {path} is no file: give FACTS.tsv, then PATTERNS.tsv")
     return Path(paths[0]), Path(paths[1])
-
-
-def check_own_facts(settings):
-    """Raise ValueError for settings of make_own_facts that cannot work."""
-    limits = {
-        "control": (0, 0.9), "documents": (0, MOST_SENTENCES),
-        "val_documents": (1, MOST_SENTENCES),
-        "longest": (2, 10 ** 6), "seed": (0, 2 ** 63), "zipf_shift": (0.001, 10 ** 9),
-        "zipf_power": (0, 100),
-    }
-    check_ranges(settings, limits)
 
 
 def read_own_facts(facts_path, patterns_path):
@@ -289,19 +277,22 @@ def own_sentence(pattern, fact, tok):
     return tokens, (start, end)
 
 
-def draw_own_facts(facts, settings, rng):
-    """Which fact each sentence tells -> (training text, validation text, is_control (F,))."""
+def draw_own_facts(facts, s, rng):
+    """Which fact each sentence tells -> (training text, validation text, is_control (F,)).
+
+    s: prepare_data.OwnFacts.
+    """
     F = len(facts)
     order = rng.permutation(F)  # (F,)
     is_control = np.zeros(F, bool)  # (F,)
-    is_control[order[:share_of(settings["control"], F)]] = True
-    counts = own_counts(facts, order, is_control, settings)  # (F,): exact, or how likely
+    is_control[order[:share_of(s.control, F)]] = True
+    counts = own_counts(facts, order, is_control, s)  # (F,): exact, or how likely
     p = counts / counts.sum()  # (F,)
     if facts[0].count is None:
-        text = rng.choice(F, settings["documents"] or 16 * F, p=p)  # (documents,)
+        text = rng.choice(F, s.documents or 16 * F, p=p)  # (documents,)
     else:
         text = rng.permutation(np.repeat(np.arange(F), counts))  # (documents,)
-    return text, rng.choice(F, settings["val_documents"], p=p), is_control
+    return text, rng.choice(F, s.val_documents, p=p), is_control
 
 
 def share_of(control, F):
@@ -311,7 +302,7 @@ def share_of(control, F):
     return max(round(control * F), 1)
 
 
-def own_counts(facts, order, is_control, settings):
+def own_counts(facts, order, is_control, s):
     """How often each fact stands in the text, (F,) int, or in proportion to what, (F,) float.
 
     Raises ValueError if there would be no text, and if both --documents and counts are given.
@@ -319,11 +310,10 @@ def own_counts(facts, order, is_control, settings):
     if facts[0].count is None:
         in_text = order[~is_control[order]]  # from the most frequent one to the rarest
         counts = np.zeros(len(facts))  # (F,)
-        ranks = np.arange(len(in_text)) + settings["zipf_shift"]
-        counts[in_text] = ranks ** -float(settings["zipf_power"])
+        counts[in_text] = (np.arange(len(in_text)) + s.zipf_shift) ** -s.zipf_power
     else:
-        if settings["documents"]:
-            raise ValueError(f"--documents {settings['documents']}: the column count says how "
+        if s.documents:
+            raise ValueError(f"--documents {s.documents}: the column count says how "
                              f"long the text is: leave --documents or that column out")
         counts = np.array([fact.count for fact in facts])  # (F,)
         counts = np.where(is_control, 0, counts)

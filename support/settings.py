@@ -2,14 +2,13 @@
 
 The dataclass and the presets are those of train.py, which passes them in.
 """
-import argparse
 import json
 from dataclasses import fields
 from pathlib import Path
 
 from model import GPTConfig, kind_of
 from support.data_folder import read_meta
-from support.fields import check_limits, flag
+from support.fields import add_flags, check_limits, flag
 from support.files import reading
 from support.terminal import Parser
 
@@ -24,11 +23,6 @@ MAY_DIFFER = {"block_size", "dropout"}
 
 # ---- flags
 
-def block_numbers(text):
-    """2,4,6 -> (2, 4, 6)"""
-    return tuple(int(number) for number in text.split(","))
-
-
 def make_parser(Settings, presets, description):
     """A flag for each field of Settings, with its help and the default of `python train.py`."""
     parser = Parser("train.py", description)
@@ -38,15 +32,7 @@ def make_parser(Settings, presets, description):
                         help="go on with the run in --out-dir; start it if there is none")
     parser.add_argument("--compare", nargs="+", metavar="RUN",
                         help="print and draw these run folders side by side, train nothing")
-    defaults = preset_settings(Settings, presets["facts"], {})
-    for f in fields(Settings):
-        kind = dict(type=f.type)
-        if f.type is bool:
-            kind = dict(action=argparse.BooleanOptionalAction)
-        elif f.type is tuple:
-            kind = dict(type=block_numbers)
-        text = f"{f.metadata['help']} ({getattr(defaults, f.name)})".replace("%", "%%")
-        parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, **kind)
+    add_flags(parser, preset_settings(Settings, presets["facts"], {}))
     return parser
 
 

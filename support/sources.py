@@ -39,8 +39,10 @@ def own_texts(source):
     return files
 
 
-def check_source(source, local, from_file, small):
+def check_source(source, local, from_file, small, separator):
     """Raise ValueError if a file is missing or a flag does not fit the source."""
+    if not separator:
+        raise ValueError("--separator must not be empty")
     known = list(SOURCES)
     if source not in SOURCES and (small or from_file):
         raise ValueError(f"--small and --from-file are for {' and '.join(known)}, not for {source}")
@@ -84,16 +86,3 @@ def origin(path):
     if path.name in HUB:
         return HUB[path.name][0] + path.name
     return f"{path.parent}/{path.name}"
-
-
-def check_text_numbers(vocab_size, separator, val_fraction, workers):
-    """Raise ValueError for numbers and separators that cannot work."""
-    if not 1e-9 <= val_fraction <= 0.5:  # nan fails, too
-        raise ValueError(f"--val-fraction {val_fraction}: must be from 1e-9 to 0.5")
-    if not 258 <= vocab_size <= 65536:
-        raise ValueError(f"--vocab-size {vocab_size}: must be from 258 (bytes, a word, eot) to "
-                         f"65536 (uint16)")
-    if not separator:
-        raise ValueError("--separator must not be empty")
-    if workers < 0:
-        raise ValueError(f"--workers {workers}: must be at least 0")

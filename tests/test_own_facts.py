@@ -286,8 +286,8 @@ def test_broken_tables(folder, capsys, content, said):
 
 
 @pytest.mark.parametrize("flags, said", [
-    (["--control", "3"], "--control 3: must be from 0 to 0.9"),
-    (["--documents", "-1"], "--documents -1: must be from 0"),
+    (["--control", "3"], "--control 3.0 is above 0.9: lower it"),
+    (["--documents", "-1"], "--documents -1 is not at least 0"),
     (["--people", "9"], "--people is not for facts --from-file"),
     (["--longest", "4"], "--longest 4 leaves no facts: raise it"),
     (["--tokenizer", "bytes", "--longest", "27"], "sentences of more than 27 tokens are left out"),
@@ -323,7 +323,7 @@ def test_counts_that_differ(folder, capsys):
 
 
 @pytest.mark.parametrize("flags, said", [
-    ("--control 2e2", "--control 200.0: give a whole number of people"),
+    ("--control 0.5", "--control 0.5: give a whole number of people"),
     ("--names single --people 90000", "--names single: 90200 people need as many tokens"),
 ])
 def test_flags_of_invented_facts(tmp_path, capsys, flags, said):

@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import dataclasses
 import errno
-import inspect
 import json
 import os
 import runpy
@@ -254,9 +253,8 @@ def numeric_flags(script):
     elif script == "sample.py":
         names = [f.name for f in dataclasses.fields(sample.Numbers)]
     else:
-        names = [name for make in (prepare_data.make_facts, prepare_data.make_text)
-                 for name, parameter in inspect.signature(make).parameters.items()
-                 if type(parameter.default) in (int, float)]
+        names = [f.name for settings in (prepare_data.Facts, prepare_data.Text)
+                 for f in dataclasses.fields(settings) if f.type in (int, float)]
     return [flag(name) for name in names]
 
 
@@ -734,7 +732,7 @@ def test_where_a_text_goes(here):
 def test_both_scripts_make_the_same_default_corpus(here, monkeypatch):
     made = []
     monkeypatch.setattr(prepare_data, "check_facts", made.append)
-    monkeypatch.setattr(prepare_data, "is_finished", lambda *_: True)
+    monkeypatch.setattr(data_folder, "is_finished", lambda *_: True)
     assert call("prepare_data.py") == 0
     shutil.rmtree("data")
     s, preset, *_ = train.read_settings([])
