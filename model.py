@@ -67,7 +67,6 @@ class GPTConfig:
     mem_key_dim: int = setting(0, "full key dim, two halves; 0: n_embd / 2", 0, 2**16)
     mem_value_dim: int = setting(0, "D; 0: n_embd", 0, 2**16)
     mem_gate: bool = setting(True, "out = W2 (y * silu(W1 x)), Memory+")
-    mem_share: bool = setting(True, "one table for all memory layers")
     mem_dtype: str = setting("float32", "float32 | bfloat16: the table's values; "
                              "RowAdam trains one in 8 or 6 bytes a value")
     qk_norm: bool = setting(True, "RMS-norm on query halves and half-keys")
@@ -225,17 +224,10 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config.check()
         C = config.n_embd
-        table_of = {}  # {number of a memory block: the table it reads, None for a kind without}
-        table = None
-        for number in config.mem_layers:
-            if table is None or not config.mem_share:
-                table = kind_of(config).make_table(config, mesh)
-            table_of[number] = table
-        made = dict.fromkeys(table_of.values())  # each table once
-        self.tables = nn.ModuleList(table for table in made if table is not None)
+        # All memory layers read one table. None: this kind of layer has none.
+        self.table = kind_of(config).make_table(config, mesh)
         self.wte = nn.Embedding(config.vocab_size, C)
-        self.blocks = nn.ModuleList(
-            Block(config, i, table_of.get(i)) for i in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, i, self.table) for i in range(config.n_layer))
         self.norm = nn.LayerNorm(C, bias=False)
         self.head = nn.Linear(C, config.vocab_size, bias=False)
         self.register_buffer("cos", torch.empty(0, dtype=torch.float32), persistent=False)
@@ -271,10 +263,6 @@ class GPT(nn.Module):
         """The layers that replace an MLP, as (block number, layer)."""
         pairs = enumerate(block.ffn for block in self.blocks)
         return [(i, ffn) for i, ffn in pairs if not isinstance(ffn, MLP)]
-
-    def table_number(self, layer):
-        """Which of self.tables a layer of memories() reads, as a number."""
-        return list(self.tables).index(layer.table)
 
     def forward(self, idx, targets=None, reduction="mean", caches=None, history=None):
         """idx (B, T) int64, targets (B, T) int64 or None -> (logits, loss).
@@ -383,36 +371,31 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def memory_reads(self, idx):
-        """What each layer reads from its table: idx (B, T) -> list of (block, slots, weights).
+        """What each layer reads from the table: idx (B, T) -> list of (block, slots, weights).
 
         slots and weights are (B, T, R). Of a layer with heads, the R = H * K reads of a token are
         those of its first head, then of the next.
         """
         was_training = self.training
         self.eval()
-        for table in self.tables:
-            table.record = []
+        self.table.record = []
         try:
             self(idx)
-            found = []
-            for block, layer in self.memories() if self.tables else []:
-                # Layers that share a table have left one record each, in the order of the blocks.
-                slots, weights = layer.table.record.pop(0)  # (B*T, R) both
-                found.append((block, slots.view(*idx.shape, -1), weights.view(*idx.shape, -1)))
+            # The layers have left one record each, in the order of the blocks: (B*T, R) both.
+            return [(block, slots.view(*idx.shape, -1), weights.view(*idx.shape, -1))
+                    for (block, _), (slots, weights) in zip(self.memories(), self.table.record)]
         finally:
-            for table in self.tables:
-                table.record = None
+            self.table.record = None
             self.train(was_training)
-        return found
 
     def param_counts(self):
         """Parameters by what they do: embedding, dense, half_keys, values, experts, and two sums.
 
-        total: of all these. active: what one token uses, that is all but the rows of the tables
+        total: of all these. active: what one token uses, that is all but the rows of the table
         that it does not read, and the experts that it is not routed to. experts: only if there are
         any.
         """
-        values = sum(table.values.numel() * table.parts for table in self.tables)
+        values = self.table.values.numel() * self.table.parts if self.table else 0
         counts = Counter(embedding=self.wte.weight.numel(), dense=self.norm.weight.numel(),
                          half_keys=0, values=values)
         inactive = 0
@@ -443,7 +426,7 @@ class GPT(nn.Module):
         return flops
 
     def parameter_groups(self):
-        """All parameters but the tables', for the optimizer.
+        """All parameters but the table's, for the optimizer.
 
         -> {(weight decay or not, name of the setting of their rate): list of parameters}. Matrices
         are decayed; embedding, norms and half-keys are not.

@@ -68,8 +68,6 @@ def load(args):
     # V may have been rounded up for training. The tokens that this adds have no text and must not
     # be drawn: we cut them off. The head shares the embedding's weight, and loses them too.
     model.wte.weight.data = model.wte.weight.data[:tok.vocab_size]  # (tok.vocab_size, C)
-    if model.tables and args.table >= len(model.tables):
-        raise ValueError(f"--table {args.table}: the model has {len(model.tables)}, counted from 0")
     return model.eval(), tok, about
 
 
@@ -206,7 +204,6 @@ class Numbers:
     top_p: float = setting(None, "draw from the fewest tokens that have this probability together",
                            1e-6, 1)
     seed: int = setting(1337, "of the random numbers", 0, 2**63 - 1)
-    table: int = setting(0, "which table, if the layers do not share one", 0)
     slots: int = setting(None, "slots that --teach changes in a step (default: a quarter of the "
                          "table), or that --forget and --ablate-memory NAME zero (default: a "
                          "sixteenth)", 1)

@@ -196,7 +196,7 @@ def schedule(step, s):
 
 
 def make_optimizers(model, s):
-    """AdamW for everything but the tables, and with memory layers another optimizer for those.
+    """AdamW for everything but the table, and with memory layers another optimizer for that.
 
     The layers say which of their parameters are decayed, and which setting is their rate. Returns
     the optimizers, and lists of parameters to clip, one norm each. RowAdam clips by itself.
@@ -208,14 +208,12 @@ def make_optimizers(model, s):
     betas = (s.beta1, s.beta2)
     optimizers = [torch.optim.AdamW(groups, lr=s.learning_rate, betas=betas, fused=True)]
     clipped = [[p for group in groups for p in group["params"]]]
-    tables = list(model.tables)
-    if tables and s.table_optimizer == "row":
-        optimizers.append(RowAdam(tables, s.value_lr, s.beta2, clip=largest_norm(s)))
-    elif tables:
-        values = [table.values for table in tables]
-        optimizers.append(torch.optim.AdamW(values, lr=s.value_lr, betas=betas, weight_decay=0.0,
-                                            fused=True))
-        clipped.append(values)
+    if model.table and s.table_optimizer == "row":
+        optimizers.append(RowAdam([model.table], s.value_lr, s.beta2, clip=largest_norm(s)))
+    elif model.table:
+        clipped.append([model.table.values])
+        optimizers.append(torch.optim.AdamW(clipped[-1], lr=s.value_lr, betas=betas,
+                                            weight_decay=0.0, fused=True))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]  # for set_learning_rates
@@ -298,7 +296,7 @@ class Trainer:
         if self.world > 1:
             # torch 2.13 has another name for it and warns; 2.11 knows this one only.
             warnings.filterwarnings("ignore", "`broadcast_buffers`")
-            # init_sync=False: each rank has the same weights already, and its slice of the tables.
+            # init_sync=False: each rank has the same weights already, and its slice of the table.
             # DDP leaves slices alone: RowAdam averages their gradients.
             net = torch.nn.parallel.DistributedDataParallel(
                 net, device_ids=[self.device] if self.cuda else None, broadcast_buffers=False,
@@ -306,9 +304,9 @@ class Trainer:
         return net
 
     def count_reads(self, on):
-        """Whether the next step counts what it reads from the tables, for usage()."""
-        for table in self.model.tables:
-            table.count(on)
+        """Whether the next step counts what it reads from the table, for usage()."""
+        if self.model.table:
+            self.model.table.count(on)
 
     def step(self, step):
         """Train on the batch of this step -> (loss of this rank, list of gradient norms).
@@ -445,15 +443,14 @@ def by_exposures(right, exposures):
 
 
 def usage(model):
-    """What the last counted step used of the tables, on all ranks: (share of slots, KL in nats).
+    """What the last counted step used of the table, on all ranks: (share of slots, KL in nats).
 
-    The mean over the tables; (None, None) without any. See memory.MemoryTable.usage.
+    (None, None) without a table. See memory.MemoryTable.usage.
     """
-    if not model.tables:
+    if not model.table:
         return None, None
-    for table in model.tables:
-        sum_over_ranks(table.read_weight)  # in place: each rank counted its own tokens' reads
-    return np.mean([table.usage() for table in model.tables], axis=0).tolist()
+    sum_over_ranks(model.table.read_weight)  # in place: each rank counted its own tokens' reads
+    return model.table.usage()
 
 
 # ---- the loop
@@ -639,7 +636,7 @@ def train(s, preset, resume):
     out = Path(s.out_dir)
     if run_folder.is_over(s, resume, rank):
         return 0
-    # The kinds whose tables can be sliced are those that read mem_dtype.
+    # The kinds whose table can be sliced are those that read mem_dtype.
     bfloat16_table = kind_of(s).can_be_sliced and s.mem_dtype == "bfloat16"
     device = choose_device(s, bfloat16_table, local_rank, world)
     meet_the_others(device, rank, world)

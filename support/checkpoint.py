@@ -27,10 +27,10 @@ def save_checkpoint(folder, model, optimizers, step, seconds, settings, line=Non
     ckpt.pt and the files it names are whole. line: the numbers of the last step, for the log.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
-    parts = model.tables[0].parts if model.tables else 1  # P
+    parts = model.table.parts if model.table else 1  # P
     # The first P ranks hold the table once, each a slice. Other ranks hold copies of these.
     names = [f"ckpt-{step}-{i}of{parts}.pt" for i in range(parts)] if parts > 1 else []
-    values = dict(values=[table.values.detach() for table in model.tables])
+    values = dict(values=[model.table.values.detach()] if model.table else [])
     problem = None
     if rank < len(names):
         problem = try_to_save(values, folder / names[rank])
@@ -78,16 +78,15 @@ def try_to_save(content, path):
 
 
 def own_weights(model):
-    """The weights of a model without the values of its tables: {name: tensor}."""
-    values = {f"tables.{name}" for name, _ in model.tables.named_parameters()}
-    return {name: p for name, p in model.state_dict().items() if name not in values}
+    """The weights of a model without the values of its table: {name: tensor}."""
+    return {name: p for name, p in model.state_dict().items() if name != "table.values"}
 
 
 def load_checkpoint(folder, device="cpu", mesh=None, **changes):
     """A run folder -> (GPT, checkpoint), for training and for sample.py.
 
     checkpoint: what save_checkpoint has written. With a mesh the GPT holds this rank's dims of the
-    tables, whatever the number of ranks that saved them. changes: settings of the GPT that replace
+    table, whatever the number of ranks that saved it. changes: settings of the GPT that replace
     the saved ones. Raises ValueError when there is no checkpoint, or one that cannot be read, and
     says why.
     """
@@ -111,9 +110,9 @@ def load_checkpoint(folder, device="cpu", mesh=None, **changes):
         config = {name: settings[name] for name in names & settings.keys()} | changes
         model = GPT(GPTConfig(**config), mesh)
         weights = dict(state["model"])
-        for i, table in enumerate(model.tables):
-            slices = [values_of(file)[i] for file in saved]
-            weights[f"tables.{i}.values"] = columns(slices, table.dims)
+        if model.table:
+            slices = [values_of(file) for file in saved]
+            weights["table.values"] = columns(slices, model.table.dims)
         model.load_state_dict(weights)
         for name in ("step", "seconds"):
             state[name]  # KeyError if it is missing
@@ -121,10 +120,11 @@ def load_checkpoint(folder, device="cpu", mesh=None, **changes):
 
 
 def values_of(file):
-    """The tables' values in a file of a checkpoint. Before RowAdam, it kept moments, too."""
-    if "values" in file:
-        return file["values"]
-    return [table["values"] for table in file["tables"]]
+    """The table's values in a file of a checkpoint. Before RowAdam, it kept moments, too."""
+    values = file["values"] if "values" in file else [table["values"] for table in file["tables"]]
+    if len(values) > 1:
+        raise ValueError("it has a table for each layer, as older versions could make")
+    return values[0]
 
 
 def columns(slices, dims):

@@ -11,7 +11,7 @@ import torch
 from support.checkpoint import load_checkpoint, own_weights, try_to_save
 from support.files import write_arrays, write_json
 from support.own_facts import put_into_words, read_own_facts, recall_arrays, say
-from support.readers import layers_with_tables, load_readers, slot_scores, slots_of_facts
+from support.readers import layers_with_slots, load_readers, slot_scores, slots_of_facts
 from support.recall import numbers_about, read_facts
 from support.terminal import counted
 
@@ -23,10 +23,9 @@ def silence(model, block):
     model.blocks[block].ffn.register_forward_hook(lambda layer, x, y: torch.zeros_like(y))
 
 
-def zero_slots(model, chosen):
-    """Set values to zero. chosen: for each table the numbers of slots."""
-    for table, slots in zip(model.tables, chosen):
-        table.values.data[slots] = 0  # (S, D)
+def zero_slots(model, slots):
+    """Set the values of these slots to zero."""
+    model.table.values.data[slots] = 0  # (S, D)
 
 
 def ablate(model, args):
@@ -39,7 +38,7 @@ def ablate(model, args):
         return f"without the MLP or memory layer of block {args.ablate_block}"
     if args.ablate_memory is None:
         return ""
-    if not model.tables:
+    if not model.table:
         raise ValueError(f"--ablate-memory: {args.run} is {model.config.ffn}, it has no memory "
                          f"layers to ablate: leave it out, or use --ablate-block")
     if args.ablate_memory == "":
@@ -50,30 +49,27 @@ def ablate(model, args):
     mine = numbers_about(args.ablate_memory, facts)
     chosen = slots_of_facts(model, facts["seen"][mine], args)
     zero_slots(model, chosen)
-    return f"without {counted(sum(map(len, chosen)), 'slot')} of {args.ablate_memory}"
+    return f"without {counted(len(chosen), 'slot')} of {args.ablate_memory}"
 
 
-def read_as_often(model, chosen, args):
-    """For each table, as many other slots as chosen, which about as many windows read."""
-    _, readers = load_readers(args.run, model)
+def read_as_often(model, slots, args):
+    """As many other slots, which about as many windows read."""
+    _, readers = load_readers(args.run, model)  # (S,)
     generator = torch.Generator().manual_seed(args.seed)
-    others = []
-    for counts, slots in zip(readers, chosen):
-        # The free slots in order of their readers, ties at random. Each chosen slot takes the next
-        # of them that has at least as many readers, or, at the end, the last ones.
-        key = counts + torch.rand(len(counts), generator=generator)  # (S,)
-        is_free = torch.ones(len(counts), dtype=torch.bool)
-        is_free[slots] = False
-        free = is_free.nonzero().flatten()
-        free = free[key[free].argsort()]  # (S - slots,)
-        wanted = key[slots].sort().values  # (slots,)
-        at = torch.searchsorted(key[free], wanted)  # (slots,), rising
-        # Slots that want the same place stand in line: the i-th cannot be before place i.
-        line = torch.arange(len(at))
-        at = (at - line).cummax(0).values + line
-        at = torch.minimum(at, len(free) - len(at) + line)
-        others.append(free[at[at >= 0]])
-    return others
+    # The free slots in order of their readers, ties at random. Each of the slots takes the next of
+    # them that has at least as many readers, or, at the end, the last ones.
+    key = readers + torch.rand(len(readers), generator=generator)  # (S,)
+    is_free = torch.ones(len(readers), dtype=torch.bool)
+    is_free[slots] = False
+    free = is_free.nonzero().flatten()
+    free = free[key[free].argsort()]  # (S - slots,)
+    wanted = key[slots].sort().values  # (slots,)
+    at = torch.searchsorted(key[free], wanted)  # (slots,), rising
+    # Slots that want the same place stand in line: the i-th cannot be before place i.
+    line = torch.arange(len(at))
+    at = (at - line).cummax(0).values + line
+    at = torch.minimum(at, len(free) - len(at) + line)
+    return free[at[at >= 0]]
 
 
 # How many facts are asked before and after a change. All would take ten times as long.
@@ -199,11 +195,10 @@ def teach_model(model, sentences, windows, text_reads, args):
     rows = np.concatenate([f + np.arange(n) for f, n in zip(sentences.first, sentences.trained)])
     x = torch.from_numpy(windows[rows].astype("int64")).to(model.wte.weight.device)  # (rows, T)
     weight = answer_weights(sentences, rows, x.shape[1]).to(x.device)  # (rows, T-1)
-    values = [table.values for table in model.tables]
     if args.teach_with == "full":
         optimizer = torch.optim.AdamW(model.parameters(), args.teach_rate or 1e-4, weight_decay=0)
     else:
-        optimizer = torch.optim.SGD(values, args.teach_rate or 10.0)
+        optimizer = torch.optim.SGD([model.table.values], args.teach_rate or 10.0)
     b = min(512, model.windows_at_once(x.shape[1]))
     step = 0
     while step < args.teach_steps:
@@ -235,18 +230,19 @@ def answer_weights(sentences, rows, T):
 @torch.no_grad()
 def keep_gradient_of_best(model, windows, text_reads, count):
     """Zero the gradient of all values but those of the best `count` slots of these windows."""
-    for table, score in zip(model.tables, slot_scores(model, windows, *text_reads)):
-        best = score.topk(min(count or max(len(score) // 4, 1), len(score))).indices  # (count,)
-        rest = torch.ones(len(score), dtype=torch.bool, device=table.values.device)
-        rest[best.to(rest.device)] = False
-        table.values.grad[rest] = 0  # (S, D)
+    values = model.table.values  # (S, D)
+    score = slot_scores(model, windows, *text_reads)  # (S,)
+    best = score.topk(min(count or max(len(score) // 4, 1), len(score))).indices  # (count,)
+    rest = torch.ones(len(score), dtype=torch.bool, device=values.device)
+    rest[best.to(rest.device)] = False
+    values.grad[rest] = 0
 
 
 def teach(model, tok, about, args):
     """Teach new facts, print what is learnt and what is lost, and write a new run folder."""
     old = read_facts(args.run)
     if args.teach_with != "full":
-        layers_with_tables(model)
+        layers_with_slots(model)
     facts, sentences, windows = new_facts(model, tok, args)
     text_reads = None
     if args.teach_with == "slots":
@@ -258,17 +254,19 @@ def teach(model, tok, about, args):
     rows = {"before": [*taught_recall(model, sentences, windows),
                        share_known(model, old, others)]}
     begin = time.perf_counter()
-    values = [table.values.detach().clone() for table in model.tables]
+    changed = []
+    if model.table:
+        values = model.table.values.detach().clone()  # (S, D)
     steps = teach_model(model, sentences, windows, text_reads, args)
-    round_values(model)
-    changed = [(table.values.detach() != old).any(dim=1).sum().item()
-               for table, old in zip(model.tables, values)]
+    if model.table:
+        round_values(model)
+        changed = [(model.table.values.detach() != values).any(dim=1).sum().item()]
     seconds = time.perf_counter() - begin
     rows["after"] = [*taught_recall(model, sentences, windows), share_known(model, old, others)]
     titles = [counted(len(facts), "new fact"), "unseen phrasing", counted(len(others), "old fact")]
     print_shares("facts recalled", titles, rows)
-    for table, slots in zip(model.tables, changed):
-        print(f"changed: {slots:,} of {len(table.values):,} slots")
+    for slots in changed:
+        print(f"changed: {slots:,} of {len(model.table.values):,} slots")
     print(f"{counted(steps, 'step')} in {seconds:.1f} s")
     if rows["after"][0] < ENOUGH:
         print(f"fewer than {ENOUGH:.0%} were learnt: raise --teach-steps, --slots or --teach-rate")
@@ -278,9 +276,9 @@ def teach(model, tok, about, args):
 
 
 def make_trainable(model):
-    """Give every table's values a gradient in float32, also those of a bfloat16 table."""
-    for table in model.tables:
-        table.values = torch.nn.Parameter(table.values.detach().float())  # (S, D)
+    """Give the table's values a gradient in float32, also those of a bfloat16 table."""
+    if model.table:
+        model.table.values = torch.nn.Parameter(model.table.values.detach().float())  # (S, D)
     model.eval()  # no dropout
 
 
@@ -288,8 +286,8 @@ def round_values(model):
     """What is measured afterwards is what will be saved: a bfloat16 table rounds small steps away.
     """
     dtype = getattr(torch, model.config.mem_dtype)
-    for table in model.tables:
-        table.values.data = table.values.data.to(dtype).float()
+    values = model.table.values  # (S, D)
+    values.data = values.data.to(dtype).float()
 
 
 def about_same_subjects(old, facts):
@@ -334,10 +332,9 @@ def forget(model, tok, about, args):
     print_shares("facts recalled", titles, rows)
     if rows["before"][0] == 0:
         print("it knew none of these: for a better experiment, choose somebody whom --recall knows")
-    for table, slots in zip(model.tables, chosen):
-        print(f"zeroed: {len(slots):,} of {len(table.values):,} slots")
-        if args.slots and len(slots) < args.slots:
-            print("these are all that the sentences read")
+    print(f"zeroed: {len(chosen):,} of {len(model.table.values):,} slots")
+    if args.slots and len(chosen) < args.slots:
+        print("these are all that the sentences read")
     save_edited(model, args, dict(forget=dict(name=args.forget, titles=titles, **rows)), facts)
 
 
@@ -376,7 +373,7 @@ def save_edited(model, args, report, facts):
         weights[name] = whole
     state["model"] = {name: weights[name].cpu() for name in own_weights(model)}
     dtype = getattr(torch, model.config.mem_dtype)
-    state["values"] = [table.values.detach().cpu().to(dtype) for table in model.tables]
+    state["values"] = [model.table.values.detach().cpu().to(dtype)] if model.table else []
     state.pop("tables", None)  # where older files have the values
     state["slices"] = []
     problem = try_to_save(state, part / "ckpt.pt")

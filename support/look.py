@@ -9,7 +9,7 @@ import torch
 
 from support.data_folder import is_facts
 from support.files import reading
-from support.readers import layers_with_tables, load_readers, read_windows
+from support.readers import layers_with_slots, load_readers, read_windows
 from support.recall import plain_text, read_facts
 
 
@@ -100,8 +100,8 @@ def shared_table(reads, others, words, prompts):
 def draw_map(model, tok, about, args):
     """Draw the slots as a grid, by how much of the training text reads them."""
     windows, readers = load_readers(args.run, model)
-    n = model.tables[args.table].n_keys
-    share = readers[args.table].view(n, n) / windows  # (n, n)
+    n = model.table.n_keys
+    share = readers.view(n, n) / windows  # (n, n)
     print(about, file=sys.stderr)
     from matplotlib.figure import Figure  # it takes a while, and only this needs it
     figure = Figure(figsize=(6.5, 5.5), layout="constrained")
@@ -136,24 +136,22 @@ class Reader(NamedTuple):
 FACTS_LOOKED_THROUGH = 8000
 
 
-def readers_of(model, tok, run, table, chosen):
+def readers_of(model, tok, run, chosen):
     """Who reads these slots, among the tokens of some facts: {slot: list of Reader}, strongest
-    first. chosen: numbers of slots of a table.
+    first. chosen: numbers of slots.
     """
     if not is_facts(run):  # a text, which has no facts
         return {slot: [] for slot in chosen}
     windows = read_facts(run)["seen"]  # (F, T)
     order = np.random.default_rng(0).permutation(len(windows))
     windows = windows[order[:FACTS_LOOKED_THROUGH]]
-    is_chosen = torch.zeros(len(model.tables[table].values), dtype=torch.bool)  # (S,)
+    is_chosen = torch.zeros(len(model.table.values), dtype=torch.bool)  # (S,)
     is_chosen[chosen] = True
     found = {slot: set() for slot in chosen}
     at_once = model.windows_at_once(windows.shape[1])
     for i in range(0, len(windows), at_once):
         part = windows[i:i + at_once]  # (b, T)
         for reads in read_windows(model, part):
-            if reads.table != table:
-                continue
             for b, t, h, k in is_chosen[reads.slots].nonzero().tolist():
                 if part[b, t] == tok.eot:
                     continue
@@ -164,17 +162,15 @@ def readers_of(model, tok, run, table, chosen):
 
 
 @torch.no_grad()
-def pushes(model, table, slot):
+def pushes(model, slot):
     """How far a slot's value moves the logit of each token, by layer: {block: (V,) float32}.
 
     An approximation: the value goes straight through the layer's output matrix and the head. It
     skips the gate, the blocks that follow and the last norm.
     """
     found = {}
-    for block, layer, number, _ in layers_with_tables(model):
-        if number != table:
-            continue
-        y = layer.written_by(model.tables[table].values[slot].float())  # (C,)
+    for block, layer in layers_with_slots(model):
+        y = layer.written_by(model.table.values[slot].float())  # (C,)
         found[block] = (model.wte.weight.float() @ y).cpu()  # (V,)
     return found
 
@@ -191,21 +187,21 @@ def most_pushed(tok, logits, count=8):
 
 def show_slot(model, tok, about, args):
     """Print a slot's biography: how much it is used, by whom, and what it writes."""
-    layers_with_tables(model)
-    n = model.tables[args.table].n_keys
+    layers_with_slots(model)
+    n = model.table.n_keys
     if not 0 <= args.slot < n * n:
         raise ValueError(f"--slot {args.slot} is not in 0..{n * n - 1}")
     windows, readers = load_readers(args.run, model)
-    who = readers_of(model, tok, args.run, args.table, [args.slot])[args.slot]
+    who = readers_of(model, tok, args.run, [args.slot])[args.slot]
     print(about, file=sys.stderr)
     print(f"slot {args.slot}: left half-key {args.slot // n}, right half-key {args.slot % n}")
-    print(f"{readers[args.table][args.slot]:,} of {windows:,} windows of the training text read it")
+    print(f"{readers[args.slot]:,} of {windows:,} windows of the training text read it")
     if who:
         print(f"\n{len(who):,} beginnings of sentences read it at their last word, the strongest:")
         print("weight block head")
     for reader in who[:args.count]:
         print(f"{reader.weight:6.3f} {reader.block:5d} {reader.head:4d}  {reader.text}")
-    for block, logits in pushes(model, args.table, args.slot).items():
+    for block, logits in pushes(model, args.slot).items():
         up, down = most_pushed(tok, logits)
         print(f"\nits value, read by block {block}, pushes the next token (roughly: the gate, "
               f"later blocks and the last norm are skipped)\n  up:   {up}\n  down: {down}")
@@ -223,14 +219,14 @@ def page_of(model, tok, layers, words, args):
     for reads in layers:
         best = reads.weights.topk(min(SLOTS_ON_PAGE, reads.slots.shape[-1])).indices  # (T, H, few)
         chosen = sorted(set(reads.slots.gather(-1, best).flatten().tolist()))
-        who = readers_of(model, tok, args.run, reads.table, chosen)
+        who = readers_of(model, tok, args.run, chosen)
         for slot in chosen:
-            up, down = most_pushed(tok, pushes(model, reads.table, slot)[reads.block])
+            up, down = most_pushed(tok, pushes(model, slot)[reads.block])
             first = [f"{reader.text} ({reader.weight:.2f})" for reader in who[slot][:8]]
             about[f"{reads.block}/{slot}"] = dict(readers=first, up=up, down=down)
     data = dict(
         run=args.run, words=words, about=about,
-        layers=[dict(block=reads.block, n=model.tables[reads.table].n_keys,
+        layers=[dict(block=reads.block, n=model.table.n_keys,
                      slots=reads.slots.tolist(),
                      weights=[[[round(w, 4) for w in head] for head in token]
                               for token in reads.weights.tolist()]) for reads in layers])

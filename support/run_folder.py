@@ -125,7 +125,7 @@ def describe_run(trainer, preset, hardware):
     counts = model.param_counts()
     compiled = "on" if trainer.compiled else "off"
     memory = "no memory layers"
-    if model.tables:
+    if model.table:
         memory = kernel.describe_backend(trainer.device)
         if trainer.P > 1:
             memory += f"; table in {trainer.P} slices"

@@ -17,6 +17,8 @@ from support.terminal import Parser
 # balance of --ffn moe.
 MAY_CHANGE = {"device", "backend", "compile", "micro_batch_size", "log_every", "data",
               "mem_parallel"}
+# Settings of older runs that changed nothing (mem_share was true, see checkpoint.values_of).
+FORMER = ("profile", "mem_share")
 # Settings of the model that may differ from those of --init-from.
 MAY_DIFFER = {"block_size", "dropout"}
 
@@ -73,7 +75,8 @@ def read_config(folder):
                        "another run with --out-dir out/NAME"):
         config = json.loads(path.read_text("utf-8"))
         config["settings"]["mem_layers"] = tuple(config["settings"]["mem_layers"])
-        config["settings"].pop("profile", None)  # of older runs, in which it changed nothing
+        for name in FORMER:
+            config["settings"].pop(name, None)
     return config
 
 

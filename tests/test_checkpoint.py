@@ -29,7 +29,7 @@ def save(model, folder, /, **changes):
     state = dict(
         version=2,
         model={name: p for name, p in weights if not name.endswith(".values")},
-        values=[table.values.detach() for table in model.tables],
+        values=[model.table.values.detach()] if model.table else [],
         slices=[], settings=settings, optimizers=[], step=3, seconds=1.0)
     torch.save(state | changes, folder / "ckpt.pt")
 
@@ -101,16 +101,13 @@ def test_a_saved_run_goes_on(kind, tmp_path):
 
 
 def old_layout(model, s):
-    """A checkpoint of a run whose tables AdamW trained -> (all but the tables, the tables)."""
+    """A checkpoint of a run whose table AdamW trained -> (all but the table, [the table])."""
     state = dict(
         version=2,
         model={name: p for name, p in model.state_dict().items() if not name.endswith(".values")},
         optimizer={}, slices=[], step=3, seconds=1.5, settings=dataclasses.asdict(s))
-    tables = []
-    for table in model.tables:
-        values = table.values.detach()
-        tables.append(dict(values=values, exp_avg=0.1 * values, exp_avg_sq=values.square()))
-    return state, tables
+    values = model.table.values.detach()
+    return state, [dict(values=values, exp_avg=0.1 * values, exp_avg_sq=values.square())]
 
 
 def save_in_two_slices(state, tables, folder):
@@ -125,7 +122,7 @@ def save_in_two_slices(state, tables, folder):
 
 
 @pytest.mark.parametrize("in_slices", [False, True])
-@pytest.mark.parametrize("kind", [MEMORY, PLUS | dict(mem_dtype="bfloat16", mem_share=False)])
+@pytest.mark.parametrize("kind", [MEMORY, PLUS | dict(mem_dtype="bfloat16")])
 def test_an_old_checkpoint_is_read_but_not_resumed(kind, in_slices, tmp_path):
     model, _, s = make_run(**kind)
     state, tables = old_layout(model, s)
@@ -139,6 +136,14 @@ def test_an_old_checkpoint_is_read_but_not_resumed(kind, in_slices, tmp_path):
     with pytest.raises(ValueError, match="cannot be resumed: .*config.json names the commit that "
                                          "can; start from its weights with --init-from"):
         load_same_run(s, {}, "cpu", None)
+
+
+def test_a_table_for_each_layer_is_refused(tmp_path):
+    model, _, s = make_run(**PLUS)
+    state, tables = old_layout(model, s)
+    torch.save(state | dict(tables=2 * tables), tmp_path / "ckpt.pt")
+    with pytest.raises(ValueError, match="has a table for each layer, as older versions could"):
+        load_checkpoint(tmp_path)
 
 
 def test_a_missing_slice_is_named(tmp_path):

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.slow
 
 RUNS = {
     "memory": "--mem-layers 1 --no-mem-gate --no-qk-norm",
-    "two": "--mem-layers 0,1 --mem-gate --qk-norm --no-mem-share",
+    "two": "--mem-layers 0,1 --mem-gate --qk-norm",
     "peer": "--mem-layers 1 --ffn peer",
     "hash": "--mem-layers 1 --ffn hash",
     "ultramem": "--mem-layers 1 --ffn ultramem --max-steps 10",  # refused in all these tests
@@ -105,20 +105,18 @@ def test_reads_npz_counts_windows(base, name):
     T = model.config.block_size
     windows = (len(tokens) - 1) // T
     assert arrays["windows"] == WINDOWS < windows
-    want = [torch.zeros(len(table.values), dtype=torch.int64) for table in model.tables]
+    want = torch.zeros(len(model.table.values), dtype=torch.int64)
     # Every sixteenth is enough, and less than what was counted.
     numbers = np.arange(0, WINDOWS, 16) * windows // WINDOWS
     idx = torch.from_numpy(tokens[numbers[:, None] * T + np.arange(T)])  # (b, T)
-    for (_, slots, _), (_, layer) in zip(model.memory_reads(idx), model.memories()):
-        table = [t is layer.tables[0] for t in model.tables].index(True)
-        for window in slots.tolist():
-            for slot in set(np.ravel(window)):
-                want[table][slot] += 1
-    for i, counts in enumerate(want):
-        got = torch.from_numpy(arrays[f"readers_{i}"])
-        assert len(got) == len(counts)
-        assert (got >= counts).all() and got.max() <= WINDOWS
-        assert torch.corrcoef(torch.stack([got, counts]).float())[0, 1] > 0.95
+    by_window = zip(*[slots.tolist() for _, slots, _ in model.memory_reads(idx)])
+    for layers in by_window:
+        for slot in set().union(*[np.ravel(slots) for slots in layers]):
+            want[slot] += 1
+    got = torch.from_numpy(arrays["readers_0"])
+    assert len(got) == len(want)
+    assert (got >= want).all() and got.max() <= WINDOWS
+    assert torch.corrcoef(torch.stack([got, want]).float())[0, 1] > 0.95
 
 
 def test_readers_of_all_windows_are_exact(base):
@@ -126,7 +124,7 @@ def test_readers_of_all_windows_are_exact(base):
     model, state = load_checkpoint(base / "memory")
     s = train.Settings(**state["settings"])
     loader = train.Loader(s.data, "val", data_folder.read_meta(s.data), s)
-    got, = readers.count_readers(model, loader, 10**6, contextlib.nullcontext())
+    got = readers.count_readers(model, loader, 10**6, contextlib.nullcontext())
     want = torch.zeros_like(got)
     for i in range(loader.windows):
         (_, slots, _), = model.memory_reads(loader.window([i])[0])
@@ -134,7 +132,7 @@ def test_readers_of_all_windows_are_exact(base):
     assert torch.equal(got, want)
     halves = 0
     for rank in (0, 1):
-        part, = readers.count_readers(model, loader, 10**6, contextlib.nullcontext(), rank, 2)
+        part = readers.count_readers(model, loader, 10**6, contextlib.nullcontext(), rank, 2)
         halves = halves + part
     assert torch.equal(halves, want)
 
@@ -258,7 +256,7 @@ def test_a_slots_biography(base, say, name):
     first = next(readers.read_windows(model, recall.read_facts(base / name)["seen"][:1]))
     slot = first.slots[0, 2, 0, 0].item()  # of a name
     text = say(name, "--slot", slot)
-    n = model.tables[0].n_keys
+    n = model.table.n_keys
     assert f"slot {slot}: left half-key {slot // n}, right half-key {slot % n}" in text
     assert f"{counts[slot]:,} of 2,048 windows of the training text read it" in text
     rows = re.findall(r"^ *(\d\.\d+) +(\d+) +(\d+)  (.+)$", text, re.MULTILINE)
@@ -278,8 +276,8 @@ def test_what_a_value_pushes(base):
     """A value that is a token's embedding pushes that token."""
     model, tok, args = loaded(base, "memory")
     word = tok.encode("born")[0]
-    model.tables[0].values.data[7] = 10 * model.wte.weight.data[word]
-    logits = look.pushes(model, 0, 7)[1]
+    model.table.values.data[7] = 10 * model.wte.weight.data[word]
+    logits = look.pushes(model, 7)[1]
     want = 10 * (model.wte.weight @ model.wte.weight[word])
     assert torch.allclose(logits, want, rtol=1e-4, atol=1e-4)
     up, _ = look.most_pushed(tok, logits)
@@ -287,10 +285,9 @@ def test_what_a_value_pushes(base):
 
 
 def test_the_map(base, say):
-    text = say("two", "--map", "--table", 1)
+    text = say("two", "--map")
     with np.load(base / "two" / "reads.npz") as arrays:
-        unread = (arrays["readers_1"] == 0).mean()
-        assert unread != (arrays["readers_0"] == 0).mean()
+        unread = (arrays["readers_0"] == 0).mean()
     assert f"{unread:7.1%} are read by none of them" in text
     assert (base / "two" / "map.png").read_bytes().startswith(b"\x89PNG")
 
@@ -340,12 +337,11 @@ def test_the_slots_of_somebody(base, say, name):
     mine = about(base, somebody(base))
     chosen = readers.slots_of_facts(model, facts["seen"][mine], args)
     rows = {"the whole model": [],
-            "without 40" if name != "two" else "without 80": chosen,
+            "without 40": chosen,
             "without as many other slots": edit.read_as_often(model, chosen, args)}
     for row, slots in rows.items():
         changed = copy.deepcopy(model)
-        for table, numbers in zip(changed.tables, slots):
-            table.values.data[numbers] = 0
+        changed.table.values.data[slots] = 0
         groups = (mine, edit.other_facts(facts, mine))
         want = [100 * edit.share_known(changed, facts, group) for group in groups]
         assert shares(text, row) == pytest.approx(want, abs=0.06)
@@ -393,22 +389,21 @@ def test_scores_are_the_formula(base):
     windows = facts["seen"][:3].astype("int64")
     text = B, counted = readers.load_readers(base / "two", model)
     got = readers.slot_scores(model, windows, *text)
-    for table in (0, 1):
-        counts = torch.zeros(256)
-        for window in windows:
-            _, slots, _ = model.memory_reads(torch.from_numpy(window)[None])[table]
+    counts = torch.zeros(256)
+    for window in windows:
+        for _, slots, _ in model.memory_reads(torch.from_numpy(window)[None]):
             for slot in slots.flatten().tolist():
                 counts[slot] += 1
-        for slot in range(256):
-            want = counts[slot] / counts.sum() * math.log((B + 1) / (1 + counted[table][slot]))
-            assert got[table][slot].item() == pytest.approx(want.item(), abs=1e-6)
+    for slot in range(256):
+        want = counts[slot] / counts.sum() * math.log((B + 1) / (1 + counted[slot]))
+        assert got[slot].item() == pytest.approx(want.item(), abs=1e-6)
 
 
 def test_the_control_is_read_as_often(base):
     model, tok, args = loaded(base, "memory")
-    _, (counted,) = readers.load_readers(base / "memory", model)
+    _, counted = readers.load_readers(base / "memory", model)
     chosen = torch.arange(0, 60, 2)
-    others, = edit.read_as_often(model, [chosen], args)
+    others = edit.read_as_often(model, chosen, args)
     assert len(others) == len(chosen) == len(set(others.tolist()))
     assert not set(others.tolist()) & set(chosen.tolist())
     a = counted[chosen].sort().values.float()
@@ -454,12 +449,11 @@ def test_teach(base, say, tables, name, how):
     for (key, p), (_, q) in zip(old.named_parameters(), new.named_parameters()):
         if how != "full" and not key.endswith("values"):
             assert torch.equal(p, q), key
-    changed = [(p.values != q.values).any(dim=1).sum() for p, q in zip(old.tables, new.tables)]
-    assert sum(changed) > 0
+    changed = (old.table.values != new.table.values).any(dim=1).sum()
+    assert changed > 0
     if how == "slots":
         steps = int(re.search(r"(\d+) steps in", text)[1])
-        for table, count in zip(old.tables, changed):
-            assert count <= steps * (len(table.values) // 4)
+        assert changed <= steps * (len(old.table.values) // 4)
 
 
 def subject_of(tables):
@@ -510,10 +504,10 @@ def test_only_the_chosen_slots_learn(base, tables):
     text = readers.load_readers(base / "memory", model)
     old = copy.deepcopy(model)
     rows = np.concatenate([f + np.arange(n) for f, n in zip(sentences.first, sentences.trained)])
-    scores, = readers.slot_scores(model, windows[rows].astype("int64"), *text)
+    scores = readers.slot_scores(model, windows[rows].astype("int64"), *text)
     best = scores.topk(9).indices
     steps = edit.teach_model(model, sentences, windows, text, args)
-    moved = (model.tables[0].values != old.tables[0].values).any(dim=1).nonzero().flatten()
+    moved = (model.table.values != old.table.values).any(dim=1).nonzero().flatten()
     assert steps == 1
     assert 0 < len(moved) and set(moved.tolist()) <= set(best.tolist())
 
@@ -531,7 +525,7 @@ def test_teaching_reads_a_few_sentences_at_a_time(base, tables, monkeypatch):
         batches = []
         model.register_forward_pre_hook(lambda model, inputs: batches.append(len(inputs[0])))
         edit.teach_model(model, sentences, windows, None, args)
-        taught.append(model.tables[0].values.detach())
+        taught.append(model.table.values.detach())
         largest.append(max(batches))
     assert largest[0] > largest[1] == 2
     assert torch.allclose(*taught, atol=1e-6)
@@ -553,10 +547,9 @@ def test_forget(base, say, name, tmp_path):
     before, after = (model.answer(facts["seen"][mine], facts["seen_span"][mine])[1].mean()
                      for model in (old, new))
     assert after > before, "their answers have become less likely"
-    for p, q in zip(old.tables, new.tables):
-        gone = (q.values == 0).all(dim=1)
-        assert 0.6 * slots < gone.sum() <= slots
-        assert torch.equal(p.values[~gone], q.values[~gone])
+    gone = (new.table.values == 0).all(dim=1)
+    assert 0.6 * slots < gone.sum() <= slots
+    assert torch.equal(old.table.values[~gone], new.table.values[~gone])
 
 
 def test_a_bfloat16_table_in_slices_is_taught(base, say, tables, tmp_path):
@@ -572,7 +565,7 @@ def test_a_bfloat16_table_in_slices_is_taught(base, say, tables, tmp_path):
     torch.save(state | dict(slices=names, settings=settings, values=[]), run / "ckpt.pt")
     assert sample.main([str(run), *map(str, tables), "--device", "cpu"]) == 0
     new, state = load_checkpoint(tables[-1])
-    assert new.tables[0].values.dtype == torch.bfloat16 and state["slices"] == []
+    assert new.table.values.dtype == torch.bfloat16 and state["slices"] == []
 
 
 # ---- what is wrong
@@ -597,7 +590,6 @@ def test_rows_that_are_read_in_four_ways_are_not_shown(say, flags):
 @pytest.mark.parametrize("flags, said", [
     (["--slot", 256], "--slot 256 is not in 0..255"),
     (["--slot", -1], "--slot -1 is not in 0..255"),
-    (["--table", 1, "--map"], "--table 1: the model has 1"),
     (["--forget", "Nobody", "--out", "x"], "no fact is about 'Nobody': try "),
     (["--forget", "Nobody", "--out", "x", "--slots", 0], "--slots 0 is not at least 1: raise it"),
     (["--show-memory", "was", "--html", "no/page.html"], "there is no folder no: make it"),

@@ -269,7 +269,7 @@ def test_a_table_belongs_to_the_model_and_not_to_its_layers():
     assert names.count("table.values") == 1
     assert [name for name in names if "values" in name] == ["table.values"]
     for layer in model.layers:
-        assert layer.tables[0] is model.table
+        assert layer.table is model.table
         assert all(p is not model.table.values for p in layer.parameters())
         assert not any("table" in name for name in layer.state_dict())
         assert list(layer.buffers()) == []

@@ -145,11 +145,11 @@ def test_compiles_without_graph_break():
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     runs = []
     for net in (compiled, model):
-        model.tables[0].count(True)
+        model.table.count(True)
         logits, loss = net(idx, targets)
         grads = torch.autograd.grad(loss, list(model.parameters()))
-        runs.append((logits, loss, *grads, model.tables[0].read_weight.float()))
-        assert model.tables[0].read_weight.sum() > 0
+        runs.append((logits, loss, *grads, model.table.read_weight.float()))
+        assert model.table.read_weight.sum() > 0
     for got, want in zip(*runs):
         close(got, want)
 
@@ -160,7 +160,7 @@ def test_bfloat16_tables_compile_without_graph_break():
     model = make_model(**PLUS | dict(n_layer=2, mem_layers=(0, 1), mem_dtype="bfloat16"))
     idx = tokens(2, 9)
     targets = tokens(9, 2).T
-    RowAdam(list(model.tables), 1e-3)  # gives the tables a gradient in float32
+    RowAdam([model.table], 1e-3)  # gives the table a gradient in float32
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     runs = []
     for net in (compiled, model):
@@ -168,9 +168,8 @@ def test_bfloat16_tables_compile_without_graph_break():
             _, loss = net(idx, targets)
             loss.backward()
         grads = {name: p.grad.clone() for name, p in model.named_parameters()}
-        for table in model.tables:
-            assert table.values.grad.dtype == torch.float32
-            assert table.values.grad.norm() > 0
+        assert model.table.values.grad.dtype == torch.float32
+        assert model.table.values.grad.norm() > 0
         runs.append(dict(grads, loss=loss.detach()))
         model.zero_grad()
     for name, want in runs[1].items():
@@ -208,7 +207,7 @@ def test_two_models_share_nothing_and_a_seed_decides_all():
         if "norm" not in name:
             assert not torch.equal(p, other.state_dict()[name]), name
     with torch.no_grad():
-        a.tables[0].values.zero_()
+        a.table.values.zero_()
     idx = tokens(2, 9)
     untouched = make_model(0, **PLUS)
     assert torch.equal(b(idx)[0], untouched(idx)[0])
@@ -227,30 +226,24 @@ def gradient_of_table_through(model, layer, idx):
             copy.load_state_dict(kept[m][0].state_dict())
             m.tables = [copy]
     _, loss = model(idx, idx)
-    grad, = torch.autograd.grad(loss, layer.tables[0].values)
+    grad, = torch.autograd.grad(loss, layer.table.values)
     for m, tables in kept.items():
         m.tables = tables
     return grad
 
 
-@pytest.mark.parametrize("share", [True, False])
-def test_memory_layers_share_the_table_or_not(share):
-    model = make_model(**PLUS | dict(mem_layers=(2, 0), mem_share=share))
+def test_memory_layers_share_the_table():
+    model = make_model(**PLUS | dict(mem_layers=(2, 0)))
     idx = tokens(2, 16)
-    blocks = [block for block, _ in model.memories()]
+    assert [block for block, _ in model.memories()] == [0, 2]
     layers = [layer for _, layer in model.memories()]
-    assert blocks == [0, 2]
-    assert len(model.tables) == (1 if share else 2)
-    assert (layers[0].tables[0] is layers[1].tables[0]) == share
-    assert {layer.tables[0] for layer in layers} == set(model.tables)
+    assert all(layer.table is model.table for layer in layers)
 
     through = [gradient_of_table_through(model, layer, idx) for layer in layers]
     assert all(grad.norm() > 0 for grad in through)
     _, loss = model(idx, idx)
-    whole = torch.autograd.grad(loss, [layer.tables[0].values for layer in layers])
-    for i in range(2):
-        want = through[0] + through[1] if share else through[i]
-        close(whole[i], want)
+    whole, = torch.autograd.grad(loss, model.table.values)
+    close(whole, through[0] + through[1])
 
 
 # ---- numbers: parameters, FLOPs, initial values
@@ -272,8 +265,6 @@ PARAMS = {  # settings, matrices, half-keys, values, numbers of the table that a
     "dense": (dict(), 3 * (ATTENTION + MLP_SIZE), 0, 0, 0),
     "Memory": (MEMORY, BLOCK_1, HALF_KEYS, TABLE, READ),
     "Memory+": (PLUS, BLOCKS_0_AND_2, 2 * HALF_KEYS, TABLE, 2 * READ),
-    "own tables": (PLUS | dict(mem_share=False),
-                   BLOCKS_0_AND_2, 2 * HALF_KEYS, 2 * TABLE, 2 * READ),
     "D != C": (MEMORY | dict(mem_value_dim=5), BLOCK_1 + 5 * C, HALF_KEYS, 36 * 5, 2 * 3 * 5),
     # Eight heads of six slots read 48 rows, and there are 36.
     "more reads than slots": (MEMORY | dict(mem_topk=6, mem_heads=8),
@@ -309,11 +300,10 @@ def test_flops_by_hand(settings, multiplied):
     assert make_model(**settings).flops_per_token() == want
 
 
-@pytest.mark.parametrize("share", [True, False])
-def test_flops_grow_with_the_half_keys_and_never_with_the_table(share):
+def test_flops_grow_with_the_half_keys_and_never_with_the_table():
     flops = []
     for n in (6, 7, 106):
-        model = make_model(**PLUS | dict(mem_n_keys=n, mem_share=share))
+        model = make_model(**PLUS | dict(mem_n_keys=n))
         flops.append(model.flops_per_token())
     layers, sides, heads, half_dim = 2, 2, 2, 4
     assert flops[1] - flops[0] == 6 * layers * sides * heads * half_dim
@@ -680,7 +670,7 @@ def test_a_new_kind_of_layer_is_a_line_in_kinds(monkeypatch):
     model = make_model(ffn="halved", mem_layers=(1,))
     (block, layer), = model.memories()
     assert block == 1 and isinstance(layer, Halved) and (layer.scale == 1).all()
-    assert isinstance(model.blocks[0].ffn, MLP) and len(model.tables) == 0
+    assert isinstance(model.blocks[0].ffn, MLP) and model.table is None
     dense = make_model()
     assert model.param_counts()["total"] == dense.param_counts()["total"] - MLP_SIZE + C
     assert model.flops_per_token() == dense.flops_per_token() - 6 * MLP_SIZE

@@ -46,7 +46,7 @@ SMALL = dict(vocab_size=50, block_size=8, n_layer=3, n_head=2, n_embd=24,
 MODELS = {
     "Memory": dict(mem_layers=(1,), mem_gate=False, qk_norm=False),
     "Memory+": dict(mem_layers=(0, 2)),
-    "two tables of 20 dims": dict(mem_layers=(0, 2), mem_share=False, mem_value_dim=20),
+    "values of 20 dims": dict(mem_layers=(0, 2), mem_value_dim=20),
     "hash": dict(ffn="hash", mem_layers=(0, 2)),
 }
 TINY = ("--n-layer 2 --n-embd 32 --n-head 2 --mem-n-keys 16 --mem-topk 4 --mem-heads 2 "
@@ -92,14 +92,14 @@ def train_in_float64(name, rank, world, mesh):
             loss += part.item()
         dense = {name: p.grad.clone() for name, p in model.named_parameters()
                  if not name.endswith(".values")}
-        tables = [table.values.grad.clone() for table in model.tables]
+        tables = [model.table.values.grad.clone()]
         dense_norm = torch.nn.utils.clip_grad_norm_(others, CLIP)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
         seen.append(dict(loss=loss, dense=dense, tables=tables, dense_norm=dense_norm,
                          table_norm=optimizers[1].norm))
-    return dict(steps=seen, values=[table.values.detach() for table in model.tables])
+    return dict(steps=seen, values=[model.table.values.detach()])
 
 
 def compiled_difference(mesh):
@@ -550,7 +550,7 @@ def check_same_run(out, want):
     model, state = load_checkpoint(out)
     other, _ = load_checkpoint(want)
     assert state["step"] == 12
-    difference = model.tables[0].values - other.tables[0].values
+    difference = model.table.values - other.table.values
     assert difference.abs().max() < 2e-3
 
 

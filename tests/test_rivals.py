@@ -65,7 +65,7 @@ def hashed():
 
 
 def hash_twin(layer, x, tokens):
-    values = layer.tables[0].values
+    values = layer.table.values
     y = torch.zeros_like(x)
     for b in range(len(x)):
         for t in range(x.shape[1]):
@@ -136,7 +136,7 @@ def ultramem_scores(layer, x, h):
 
 
 def ultramem_twin(layer, x):
-    table, = layer.tables
+    table = layer.table
     S = len(table.values)
     ways = layer.out.weight.view(C, 4, -1)  # (C, 4, D)
     y = torch.zeros_like(x)
@@ -210,7 +210,7 @@ def peer():
 
 def peer_twin(layer, x):
     finder = layer.finder
-    values = layer.tables[0].values
+    values = layer.table.values
     d = finder.half_dim
     y = torch.zeros_like(x)
     for b in range(len(x)):

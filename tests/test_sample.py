@@ -243,8 +243,7 @@ def verdicts_of_training(folder, ablated):
     tok = prepare_data.load_tokenizer(folder)
     model = load_model(folder)
     if ablated:
-        for table in model.tables:
-            torch.nn.init.zeros_(table.values)
+        torch.nn.init.zeros_(model.table.values)
     right, _ = model.answer(facts["seen"], facts["seen_span"])
     rows = set()
     for i, window in enumerate(facts["seen"]):

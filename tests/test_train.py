@@ -61,7 +61,7 @@ def whole(data, original_draw, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pictures, "draw", original_draw)
         assert train.main(flags(data, out, *RESUMED)) == 0
-    assert weights(out)["tables.0.values"].dtype == torch.bfloat16
+    assert weights(out)["table.values"].dtype == torch.bfloat16
     return out
 
 
@@ -253,7 +253,7 @@ def test_a_step_by_hand(micro, data):
     x, y = trainer.loader.batch(3, range(16))
     _, want = model(x, y)
     want.backward()
-    table_grad = model.tables[0].values.grad
+    table_grad = model.table.values.grad
     dense_grads = [p.grad for name, p in model.named_parameters() if not name.endswith("values")]
     want_norms = [torch.cat([grad.flatten() for grad in dense_grads]).norm(), table_grad.norm()]
     model.zero_grad()
@@ -282,7 +282,7 @@ def test_optimizer_groups_add_up(data):
     assert len(grouped) == len(others) + 1
 
     table_group, = tables.param_groups
-    assert table_group["params"][0] is model.tables[0].values
+    assert table_group["params"][0] is model.table.values
     assert table_group["peak"] == 7e-3
 
     assert all(group["peak"] == 1e-3 for group in dense.param_groups)

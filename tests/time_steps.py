@@ -77,7 +77,7 @@ class NanoGPT(torch.nn.Module):
         self.gpt = nanogpt.GPT(nanogpt.GPTConfig(
             block_size=s.block_size, vocab_size=s.vocab_size, n_layer=s.n_layer, n_head=s.n_head,
             n_embd=s.n_embd, dropout=s.dropout, bias=False))
-        self.tables = []
+        self.table = None
 
     def forward(self, x, y):
         return self.gpt(x, y)
