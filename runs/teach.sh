@@ -9,8 +9,8 @@ teach() {
     local seed=$1 out=out/teach-$2-$1
     shift 2
     if [[ ! -e $out/edit.json ]]; then
-        $python sample.py out/facts-memory-$seed --teach out/new/facts.tsv \
-            --patterns out/new/patterns.tsv --out $out "$@"
+        $python sample.py out/facts-memory-$seed --teach runs/new_facts.tsv \
+            --patterns runs/new_patterns.tsv --out $out "$@"
     fi
 }
 
@@ -18,7 +18,6 @@ for seed in 1 2 3; do
     run facts-memory-$seed --seed $seed
 done
 finish
-$python runs/new_facts.py data/facts out/new
 for seed in 1 2 3; do
     for slots in 512 1024 2048 4096 8192; do
         teach $seed slots-$slots --slots $slots

@@ -297,8 +297,14 @@ def test_the_corpus(tmp_path):
     prepare_data.make_facts(folder, **train.FACTS["facts"])
     with np.load(folder / "recall.npz") as recall:
         exposures = recall["exposures"][~recall["control"].astype(bool)]  # (facts,)
+        control = set(recall["subject"][recall["control"]])
+        named = set(recall["subject"][~recall["control"]])
     assert "More than half of the facts occur at most six times." in TEXT
     assert np.median(exposures) <= 6
+    # The facts that the lesson and runs/teach.sh teach.
+    rows = (ROOT / "runs" / "new_facts.tsv").read_text("utf-8").splitlines()
+    taught = {row.split("\t")[1] for row in rows[1:]}
+    assert len(rows) == 101 and taught <= control and not taught & named
     meta = json.loads((folder / "meta.json").read_text("utf-8"))
     assert f"{100 / meta['answers']:.1f}% of the time" in TEXT
 

@@ -181,10 +181,9 @@ def test_the_commands_of_a_script_parse(tmp_path, script):
             settings.check()  # ValueError if they do not fit together
         elif name == "sample.py":
             assert sample.read_args(argv).run.startswith("out/")
-        elif name == "prepare_data.py":
-            prepare_data.make_parser().parse_args(argv)
         else:
-            assert name == "new_facts.py"
+            assert name == "prepare_data.py"
+            prepare_data.make_parser().parse_args(argv)
 
 
 def test_the_appendix_says_how_many_runs_two_scripts_share(tmp_path):
