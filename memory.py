@@ -116,7 +116,6 @@ class MemoryTable(nn.Module):
         self.values = nn.Parameter(values, requires_grad=mesh is None)
         self.register_buffer("read_weight", None, persistent=False)  # see count
         self.counting = False
-        self.is_lazy = False  # whether SparseAdam trains it, which wants a sparse gradient
         self.record = None  # or a list, to which count_reads appends (slots, weights)
         self.init_weights()
 
@@ -155,8 +154,6 @@ class MemoryTable(nn.Module):
         """Whether this many lookups get a sparse gradient, for RowGradient, below. On a CPU."""
         if torch.compiler.is_compiling() or self.values.device.type != "cpu":
             return False
-        if self.is_lazy:
-            return True
         return lookups < len(self.values) and self.values in ROW_GRADIENTS
 
     def count_reads(self, slots, weights):

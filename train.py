@@ -79,9 +79,8 @@ class Settings(GPTConfig):
                                    1e-30, 1e38)
     half_key_share: float = setting(1.0, "the rate of the half-keys of --ffn memory, as a share "
                                     "of learning_rate", 1e-30, 1e38)
-    table_optimizer: str = setting("row", "row | adamw | adam0 | lazy: what trains the "
-                                   "memory table: RowAdam, AdamW, AdamW with beta1 0, or "
-                                   "SparseAdam (on a CPU, float32 alone)")
+    table_optimizer: str = setting("row", "row | adamw: what trains the memory table, "
+                                   "RowAdam or AdamW (float32 alone)")
     value_lr: float = setting(5e-3, "peak rate of the memory table's values", 1e-30, 1e38)
     expert_lr: float = setting(3e-3, "peak rate of the experts of --ffn moe", 1e-30, 1e38)
     weight_decay: float = setting(0.1, "on matrices; "
@@ -211,13 +210,7 @@ def make_optimizers(model, s):
     clipped = [[p for group in groups for p in group["params"]]]
     if model.table and s.table_optimizer == "row":
         optimizers.append(RowAdam([model.table], s.value_lr, s.beta2, clip=largest_norm(s)))
-    elif model.table and s.table_optimizer == "lazy":
-        model.table.is_lazy = True
-        clipped.append([model.table.values])
-        optimizers.append(torch.optim.SparseAdam(clipped[-1], lr=s.value_lr, betas=betas))
     elif model.table:
-        if s.table_optimizer == "adam0":
-            betas = (0.0, s.beta2)
         clipped.append([model.table.values])
         optimizers.append(torch.optim.AdamW(clipped[-1], lr=s.value_lr, betas=betas,
                                             weight_decay=0.0, fused=True))
@@ -225,17 +218,6 @@ def make_optimizers(model, s):
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]  # for set_learning_rates
     return optimizers, clipped
-
-
-def clip(parameters, largest):
-    """torch's clip_grad_norm_, also for the sparse gradient of a lazy table."""
-    if not parameters[0].grad.is_sparse:
-        return torch.nn.utils.clip_grad_norm_(parameters, largest)
-    parameters[0].grad = parameters[0].grad.coalesce()
-    numbers = parameters[0].grad.values()  # (U, D)
-    norm = torch.linalg.vector_norm(numbers)
-    numbers.mul_((largest / (norm + 1e-6)).clamp(max=1.0))
-    return norm
 
 
 def set_learning_rates(optimizers, step, s):
@@ -336,7 +318,8 @@ class Trainer:
         torch.manual_seed(hash((self.s.seed, step, self.rank)))
         set_learning_rates(self.optimizers, step, self.s)
         loss = self.forward_and_backward(step)
-        norms = [clip(parameters, largest_norm(self.s)) for parameters in self.clipped]
+        norms = [torch.nn.utils.clip_grad_norm_(parameters, largest_norm(self.s))
+                 for parameters in self.clipped]
         for optimizer in self.optimizers:
             optimizer.step()
             if isinstance(optimizer, RowAdam):

@@ -141,11 +141,10 @@ def fit_to_data(s, world):
     if window and s.block_size != window:
         raise ValueError(f"--block-size {s.block_size} is not {s.data}'s window of {window} "
                          f"tokens, one fact each: give --block-size {window}")
-    if s.table_optimizer not in ("row", "adamw", "adam0", "lazy"):
+    if s.table_optimizer not in ("row", "adamw"):
         raise ValueError(f"--table-optimizer {s.table_optimizer} is unknown: choose row or adamw")
-    if s.table_optimizer != "row" and s.mem_dtype != "float32":
-        raise ValueError(f"--table-optimizer {s.table_optimizer} trains no table in "
-                         f"{s.mem_dtype}: choose row, "
+    if s.table_optimizer == "adamw" and s.mem_dtype != "float32":
+        raise ValueError(f"--table-optimizer adamw trains no table in {s.mem_dtype}: choose row, "
                          f"or --mem-dtype float32")
     s.check()
     check_ranks(s, world)
