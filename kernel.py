@@ -703,9 +703,11 @@ def gather_autograd(ctx, grad_y):
     if ctx.sparse:
         values, indices, weights = ctx.saved_tensors
         grad_y = grad_y.contiguous().to(weights.dtype)  # (N, D)
-        rows, grads = values_gradient_rows(grad_y, indices, weights)  # (U,), (U, D)
-        grad_values = torch.sparse_coo_tensor(rows[None], grads, values.shape, is_coalesced=True,
-                                              check_invariants=False)
+        grad_values = None
+        if ctx.needs_input_grad[0]:
+            rows, grads = values_gradient_rows(grad_y, indices, weights)  # (U,), (U, D)
+            grad_values = torch.sparse_coo_tensor(rows[None], grads, values.shape,
+                                                  is_coalesced=True, check_invariants=False)
         return grad_values, None, weights_gradient_torch(grad_y, values, indices), None
     grad_values, grad_w = gather_backward_op(grad_y.contiguous(), *ctx.saved_tensors)
     return grad_values, None, grad_w, None

@@ -6,6 +6,7 @@ How much longer does a training step take with memory? Steps of several models, 
     python tests/time_steps.py --study --json runs/results/steps.json   # all of docs/results.md
     python tests/time_steps.py --study --kind PEER --json runs/results/steps.json  # beside dense
     python tests/time_steps.py --nanogpt ../nanoGPT/model.py        # beside nanoGPT's own GPT
+    python tests/time_steps.py --kind Memory --frozen   # beside Memory with a table that is frozen
     python tests/time_steps.py --profile --ffn dense    # where the time of 20 steps of a model goes
 
 In turn, so that a machine whose speed changes from minute to minute is as fast for each. --seconds
@@ -83,6 +84,13 @@ class NanoGPT(torch.nn.Module):
         return self.gpt(x, y)
 
 
+def frozen_step(argv):
+    """The function that takes the next step of Memory with a table that does not learn."""
+    run, step = trainer([*KINDS["Memory"], *argv])
+    run.model.table.values.requires_grad_(False)
+    return step
+
+
 def nanogpt_step(path, argv):
     """The function that takes the next step of nanoGPT's GPT. path: of its model.py."""
     run, step = trainer(["--ffn", "dense", *argv])
@@ -151,6 +159,7 @@ def read_flags(argv):
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--kind", action="append")
     parser.add_argument("--nanogpt")
+    parser.add_argument("--frozen", action="store_true")
     parser.add_argument("--json")
     parser.add_argument("--seconds", type=float, default=60)
     return parser.parse_known_args(argv)
@@ -188,6 +197,8 @@ def main(argv, warm_up=8):
         return
     kinds = choose_kinds(ours)
     steps = {kind: trainer([*flags, *argv])[1] for kind, flags in kinds.items()}
+    if ours.frozen:
+        steps["Memory, frozen table"] = frozen_step(argv)
     if ours.nanogpt:
         steps["nanoGPT"] = nanogpt_step(ours.nanogpt, argv)
     found = quartiles(time_in_turn(steps, ours.seconds, warm_up))
