@@ -21,7 +21,7 @@ for seed in 1 2 3; do
     run facts-dense2-$seed --ffn dense --n-embd 96 --seed $seed
     run facts-dense4-$seed --ffn dense --n-embd 144 --learning-rate 1.5e-3 --seed $seed
     # As long as the memory model takes.
-    run facts-dense-long-$seed --ffn dense --seed $seed --max-steps 7500
+    run facts-dense-long-$seed --ffn dense --seed $seed --max-steps 7850
 done
 finish
 $python train.py --compare out/facts-dense-[123] out/facts-dense2-[123] out/facts-dense4-[123] \

@@ -4,7 +4,7 @@ A function draw_... takes all runs and a figure, and draws one picture into it.
 """
 import statistics
 
-from results import DENSE, EXPERTS, SLOTS, recall_at, seeds, values
+from results import DENSE, EXPERTS, SLOTS, STEP_OF, read, recall_at, seeds, values
 
 STYLE = {
     "font.size": 12,
@@ -71,8 +71,8 @@ def draw_facts(runs, figure):
 
 
 def draw_slots(runs, figure):
-    """Recall over the number of slots, beside dense models of three widths."""
-    ax = figure.subplots()
+    """Recall and step time over the number of slots, beside dense models of three widths."""
+    ax, right = figure.subplots(1, 2)
     slots = [int(title.replace(",", "")) for title in SLOTS]
     columns = [values(runs, kind, "recall") for kind in SLOTS.values()]
     flat = {
@@ -81,18 +81,30 @@ def draw_slots(runs, figure):
         "Dense, same FLOPs": ("facts-dense", BLUE, "-"),
     }
     draw_line(ax, slots, columns, "Memory", GREEN, "o-")
-    adamw = [values(runs, kind.replace("facts", "adamw"), "recall") for kind in SLOTS.values()]
-    draw_line(ax, slots, adamw, "Memory, AdamW on the table", PURPLE, "o--")
+    adamw = [values(runs, kind.replace("facts", "adamw"), "recall")
+             for kind in list(SLOTS.values())[:-1]]  # not of the largest table
+    draw_line(ax, slots[:-1], adamw, "Memory, AdamW on the table", PURPLE, "o--")
     ends = [slots[0] / 1.2, slots[-1] * 1.2]
     for label, (kind, color, style) in flat.items():
         draw_line(ax, ends, [values(runs, kind, "recall")] * 2, label, color, style)
-    ax.set_xscale("log", base=2)
-    ax.set_xlim(*ends)
-    ax.set_xticks(slots, list(SLOTS))
+    steps = {title: step["ratio"][1] for title, step in read("steps").items()}
+    right.plot(slots, [steps[STEP_OF[kind]] for kind in SLOTS.values()], "o-", color=GREEN, lw=2)
+    with_adamw = {int(title.split()[1].replace(",", "")): ratio
+                  for title, ratio in steps.items() if title.endswith("AdamW")}
+    right.plot(with_adamw.keys(), with_adamw.values(), "o--", color=PURPLE, lw=2)
+    for kind, color, style in flat.values():
+        right.plot(ends, [steps[STEP_OF[kind]]] * 2, style, color=color, lw=2)
+    for panel in (ax, right):
+        panel.set_xscale("log", base=4)
+        panel.set_xlim(*ends)
+        panel.set_xticks(slots, ["1 K", "4 K", "16 K", "64 K", "256 K", "1 M"])
+        panel.set_xlabel("slots in the table")
     recall_axis(ax)
-    ax.set_xlabel("slots in the table")
     ax.set_title("More slots, more facts", loc="left")
-    ax.legend(loc="upper left")
+    ax.legend(loc="upper left", fontsize=10)
+    right.set_ylim(0)
+    right.set_ylabel("time of a step, dense = 1")
+    right.set_title("What they cost", loc="left")
 
 
 def draw_scaling(runs, figure):
@@ -125,7 +137,7 @@ def draw_scaling(runs, figure):
 # File: what draws it, and its width and height in inches.
 PICTURES = {
     "facts.png": (draw_facts, 6, 4.5),
-    "slots.png": (draw_slots, 6, 4.5),
+    "slots.png": (draw_slots, 10, 4.5),
     "scaling.png": (draw_scaling, 10, 4.5),
 }
 

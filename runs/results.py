@@ -44,6 +44,7 @@ SLOTS = {
     "16,384": "facts-memory",
     "65,536": "facts-n256",
     "262,144": "facts-n512",
+    "1,048,576": "facts-n1024",
 }
 # runs/scaling.sh: dense models of several widths, mixtures of experts as large as some tables
 DENSE = {
@@ -82,9 +83,10 @@ STEP_OF |= {
     "facts-dense-long": "dense",
     "adamw-k8": "Memory, K = 8",
 }
-# Runs whose scripts are gone: the beginning of their names. The scripts are in the commit e935677.
+# Runs whose scripts are gone: the beginning of their names. The scripts are in the commit e935677,
+# those of the last two in 0bece65.
 RETIRED = ("facts-2ranks-", "deep-", "balance-", "variant-", "facts-bf16-", "facts-plus-6.4e-1-",
-           "tune-ultramem-end-")
+           "tune-ultramem-end-", "adam0-", "lazy-")
 # The learning rates: of all, of a table, of experts
 RATES = ("learning_rate", "value_lr", "expert_lr")
 

@@ -176,7 +176,7 @@ def test_flags_exist(capsys):
              capsys.readouterr().out]
     known = set(re.findall(r"--[a-z][\w-]+", " ".join(helps)))
     known |= {"--plot", "--seconds"}  # tests/bench_kernel.py
-    known |= {"--study", "--profile", "--kind", "--json", "--nanogpt"}  # tests/time_steps.py
+    known |= {"--study", "--profile", "--frozen", "--kind", "--json", "--nanogpt"}  # tests/time_steps.py
     known |= {"--collect"}  # runs/report.py
     known |= set(re.findall(r"--[a-z][\w-]+", measure_gpu.make_parser().format_help()))
     known |= {"--signals-to-handle"}  # torchrun
@@ -219,8 +219,8 @@ def test_the_limits():
     assert round(total_parameters("facts-memory") / total_parameters("facts-dense")) == 6
     assert "six times the parameters, and stores fewer bits per parameter" in TEXT
     assert mean("facts-memory", "bits_per_param") < mean("facts-dense", "bits_per_param")
-    larger = total_parameters("facts-n512") / total_parameters("facts-dense")
-    assert f"With 262,144 slots the model is {larger:.0f} times the size" in TEXT
+    larger = total_parameters("facts-n1024") / total_parameters("facts-dense")
+    assert f"With 1,048,576 slots the model is {larger:.0f} times the size" in TEXT
 
 
 def test_the_main_result():

@@ -239,16 +239,19 @@ CLAIMS = [
     ("those that were read once: recall is {:.2f} to {:.2f}.",
      [min(ONCE), max(ONCE)]),
     # More slots
-    ("With 65,536 slots the model recalls {:.1f} times as many facts as dense, with 262,144 slots "
-     "{:.1f} times.", [ratio("facts-n256", "facts-dense"), ratio("facts-n512", "facts-dense")]),
-    ("262,144 slots recall {:.3f} ± {:.3f}. Dense recalls {:.3f} ± {:.3f}, which is no more than "
-     "guessing.", [*read_once("facts-n512"), *read_once("facts-dense")]),
-    ("With 65,536 slots the model has {:.0f} times the parameters of dense, with 262,144 slots "
+    ("reads the corpus {:.2f} times.",
+     [mean("facts-dense-long", "max_steps") / mean("facts-dense", "max_steps")]),
+    ("With 65,536 slots the model recalls {:.1f} times as many facts as dense, with 1,048,576 "
+     "slots {:.1f} times.", [ratio("facts-n256", "facts-dense"),
+                             ratio("facts-n1024", "facts-dense")]),
+    ("1,048,576 slots recall {:.3f} ± {:.3f}. Dense recalls {:.3f} ± {:.3f}, which is no more "
+     "than guessing.", [*read_once("facts-n1024"), *read_once("facts-dense")]),
+    ("With 65,536 slots the model has {:.0f} times the parameters of dense, with 1,048,576 slots "
      "{:.0f} times. The largest table costs only {:.0%} more FLOPs than the smallest. But it "
      "trains {:.2f} times as long as dense, longer than dense with four times the FLOPs ({:.2f}).",
      [parameters("facts-n256") / parameters("facts-dense"),
-      parameters("facts-n512") / parameters("facts-dense"),
-      flops("facts-n512") / flops("facts-n32") - 1, time("facts-n512"), time("facts-dense4")]),
+      parameters("facts-n1024") / parameters("facts-dense"),
+      flops("facts-n1024") / flops("facts-n32") - 1, time("facts-n1024"), time("facts-dense4")]),
     ("At {:.1f} M memory recalls {:.2f} and dense {:.2f}, at {:.1f} M {:.2f} and {:.2f}, at "
      "{:.1f} M {:.2f} and {:.2f}.",
      [parameters(WIDER[0]) / 1e6, of_memory_as_large(WIDER[0], mean), mean(WIDER[0]),
@@ -257,8 +260,8 @@ CLAIMS = [
     ("These dense models take {:.1f}, {:.1f} and {:.1f} times the FLOPs of memory.",
      [flops(kind) / of_memory_as_large(kind, flops) for kind in WIDER]),
     ("At about equal FLOPs, {:.1f} to {:.1f} M per token, dense recalls {:.2f} and memory {:.2f} "
-     "to {:.2f}.", [flops("facts-n32") / 1e6, flops("facts-n512") / 1e6,
-                 *recalls("facts-dense", "facts-n32", "facts-n512")]),
+     "to {:.2f}.", [flops("facts-n32") / 1e6, flops("facts-n1024") / 1e6,
+                 *recalls("facts-dense", "facts-n32", "facts-n1024")]),
     ("For a little less recall, dense takes {:.1f} M FLOPs per token and trains {:.2f} times as "
      "long as the small dense model. Memory with 16,384 slots takes {:.1f} M FLOPs and trains "
      "{:.2f} times as long.", [flops("facts-dense208") / 1e6, time("facts-dense208"),
@@ -266,9 +269,9 @@ CLAIMS = [
     ("The three mixtures recall {:.2f}, {:.2f} and {:.2f}. The tables of the same sizes recall "
      "{:.2f}, {:.2f} and {:.2f}.",
      recalls(*EXPERTS.values(), "facts-n64", "facts-memory", "facts-n256")),
-    ("predicts {:.2f} for 262,144 slots. We measured {:.2f}. For the widest dense model, the line "
+    ("predicts {:.2f} for 1,048,576 slots. We measured {:.2f}. For the widest dense model, the line "
      "predicts {:.2f} and we measured {:.2f}.",
-     [predicted_by_the_others([*SLOTS.values()]), mean("facts-n512"),
+     [predicted_by_the_others([*SLOTS.values()]), mean("facts-n1024"),
       predicted_by_the_others([*DENSE.values()]), mean("facts-dense208")]),
     # Names
     ("the hash loses. It recalls {:.3f}, and Memory recalls {:.3f}.",
@@ -285,7 +288,7 @@ CLAIMS = [
       statistics.mean(mean(f"own-bytes-{kind}", "recall_control") for kind in results.OWN.values()),
       *recalls("own-bytes-memory", "own-bytes-moe")]),
     ("With bytes, the hash is far ahead ({:.2f})", recalls("own-bytes-hash")),
-    ("and it has only {:,} steps.", [RUNS["own-bytes-memory-1"]["max_steps"]]),
+    ("Memory has only {:,} steps to learn its queries.", [RUNS["own-bytes-memory-1"]["max_steps"]]),
     ("Dense recalls {:.2f}, Memory {:.2f}, MoE {:.2f} and the hash {:.2f}. The seeds of dense "
      "differ widely: one of them recalls {:.2f}. Most of the {:,} words are names, and the {:.2f} "
      "M parameters of their embeddings",
@@ -293,12 +296,6 @@ CLAIMS = [
       min(results.values(RUNS, "own-words-dense", "recall")),
       RUNS["own-words-dense-1"]["vocab_size"],
       RUNS["own-words-dense-1"]["params"]["embedding"] / 1e6]),
-    ("it recalls {:.2f} instead of {:.2f} here, and {:.2f} instead of {:.2f} in the invented "
-     "corpus. If none has one, Memory adds more, for facts that are read often enough: {:.2f} "
-     "instead of {:.2f} here (64 to 127 times), and {:.2f} instead of {:.2f} there.",
-     [*recalls("own-words-memory", "own-words-dense", "single-memory", "single-dense"),
-      read("own-bytes-memory", 64), read("own-bytes-dense", 64),
-      *recalls("facts-memory", "facts-dense")]),
     ("three seeds of dense recall {:.3f} ± {:.3f}, with a loss of {:.3f} ± {:.3f}.",
      [*mean_and_deviation(recall_of(*HALF_RATE)), *mean_and_deviation(loss_of(*HALF_RATE))]),
     # Ordinary text
@@ -337,25 +334,21 @@ CLAIMS = [
     ("and varies more from seed to seed ({:.3f} and {:.3f}).",
      [deviation("facts-memory"), deviation("facts-dense")]),
     # Which settings?
-    ("With {:.0f}, {:.0f}, {:.0f}, {:.0f} and {:.0f} slots per 100 facts, recall is {:.2f}, "
-     "{:.2f}, {:.2f}, {:.2f} and {:.2f}.",
-     [*[int(slots.replace(",", "")) / 400 for slots in SLOTS], *recalls(*SLOTS.values())]),
     ("recall falls from {:.2f} to {:.2f} (AdamW), and training takes {:.2f} times as long as dense "
      "instead of {:.2f} times.",
      [*recalls("adamw-memory", "adamw-k8"), time("adamw-k8"), time("facts-memory")]),
     ("a table that RowAdam trains {:.0f} times that.", [factor("facts-memory-1")]),
     ("On ordinary text, {:.0f} and {:.0f} times were best.",
      [factor(f"text-{text}-memory-1") for text in TEXTS]),
-    ("the best factor of Memory was {:.0f} on real facts with words and {:.0f} with bytes, and "
-     "that of Memory+ {:,.0f}.",
-     [factor(f"{name}-1") for name in ("own-words-memory", "own-bytes-memory", "facts-plus")]),
     # One number per row
-    ("At 65,536 slots it is worse: {:.3f} instead of {:.3f} (seed 1).",
-     recall_of("adamw-n256-6.4e-1-1", "adamw-n256-1")),
+    ("RowAdam by the lower one on seed 1: {:.3f} instead of {:.3f}.",
+     recall_of("row-n512-8e-2-1", "facts-n512-1")),
     ("AdamW was better: RowAdam recalls {:.3f} of the facts about people of one word, AdamW {:.3f}",
      recalls("single-memory", "single-adamw")),
-    ("the chance of such a difference would be {:.2f} at 16,384 slots and {:.2f} at 65,536",
-     [paired_p("adamw-memory", "facts-memory"), paired_p("adamw-n256", "facts-n256")]),
+    ("the chance of such a difference would be {:.2f} at 16,384 slots, and {:.2f} at 65,536 and at "
+     "262,144", [paired_p("adamw-memory", "facts-memory"), paired_p("adamw-n256", "facts-n256")]),
+    ("AdamW without momentum (beta1 0) recalls {:.3f} at 262,144 slots",
+     recall_of("adam0-n512-6.4e-1-1")),
     ("Two layers that share the table recall {:.2f} with as many reads in all, one layer {:.2f}",
      recall_of("variant-two-layers", "adamw-memory-1")),
     # Tuning
@@ -581,10 +574,35 @@ def test_row_adam_recalls_more():
                         "facts-ultramem": True}
 
 
+def test_what_of_adam_a_large_table_needs():
+    row = {size: RUNS[f"facts-{size}-1"]["recall"] for size in ("memory", "n512")}
+    for rate in ("4e-2", "1.6e-1", "6.4e-1"):
+        assert RUNS[f"adam0-{rate}-1"]["recall"] < row["memory"] - 0.02
+        assert RUNS[f"lazy-{rate}-1"]["recall"] < row["memory"] - 0.02
+    for rate in ("1.6e-1", "6.4e-1"):
+        assert RUNS[f"adam0-n512-{rate}-1"]["recall"] > row["n512"]
+        assert RUNS[f"lazy-n512-{rate}-1"]["recall"] < row["n512"] - 0.02
+    p = paired_p("adamw-n512-6.4e-1", "facts-n512")
+    assert p == paired_p("adamw-n256", "facts-n256")
+
+
+def test_the_rates_of_larger_tables():
+    for size, best in (("n256", 0.32), ("n512", 0.08)):
+        tried = {0.32: RUNS[f"facts-{size}-1"]["recall"]}
+        for name, rate in (("8e-2", 0.08), ("1.28", 1.28)):
+            tried[rate] = RUNS[f"row-{size}-{name}-1"]["recall"]
+        assert max(tried, key=tried.get) == best
+    for size in ("", "n512-"):
+        third = RUNS[f"facts-{size or 'memory-'}1"]["recall"]
+        assert third > max(RUNS[f"row-{size}keys-{share}-1"]["recall"] for share in ("1", "0.1"))
+
+
 def test_the_others_recall_no_more_with_row_adam():
-    assert abs(RUNS["row-hash-1.6e-1-1"]["recall"] - RUNS["facts-hash-1"]["recall"]) < 0.01
-    for kind, row in (("peer", "row-peer-4e-2-1"), ("plus", "row-plus-2.56-1")):
-        assert RUNS[row]["recall"] < RUNS[f"facts-{kind}-1"]["recall"] - 0.05
+    for row, adamw in (("row-hash-1.6e-1-1", "facts-hash-1"), ("row-peer-1e-2-1", "facts-peer-1")):
+        assert abs(RUNS[row]["recall"] - RUNS[adamw]["recall"]) < 0.01
+    for rate in ("6.4e-1", "2.56"):
+        assert RUNS[f"row-plus-{rate}-1"]["recall"] < RUNS["facts-plus-1"]["recall"] - 0.05
+    assert RUNS["row-own-bytes-1.6e-1-1"]["val_loss"] < RUNS["own-bytes-memory-1"]["val_loss"]
 
 
 def test_two_processes_learn_the_same():
@@ -660,10 +678,11 @@ def test_a_picture_is_saved(tmp_path):
     pictures.draw_facts, pictures.draw_slots, pictures.draw_scaling])
 def test_the_pictures_show_means_and_bands(draw_into):
     figure = drawn(draw_into)
-    for ax in figure.axes:
-        assert len(ax.lines) == len(ax.collections) >= 3, "a band for each line"
-        assert ax.get_xlabel()
     first = figure.axes[0]
+    for ax in figure.axes:
+        if ax is first or draw_into is not pictures.draw_slots:
+            assert len(ax.lines) == len(ax.collections) >= 3, "a band for each line"
+        assert ax.get_xlabel()
     assert first.get_ylabel() == "facts recalled" and first.get_title(loc="left")
     names = [text.get_text() for text in first.get_legend().get_texts()]
     assert all(re.match("Memory|Dense|PEER|Hashed|Mixture|MoE", name) for name in names)

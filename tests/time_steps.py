@@ -52,8 +52,14 @@ STUDY = KINDS | {
     "Memory, 4,096 slots": ["--mem-n-keys", "64"],
     "Memory, 65,536 slots": ["--mem-n-keys", "256"],
     "Memory, 262,144 slots": ["--mem-n-keys", "512"],
+    "Memory, 1,048,576 slots": ["--mem-n-keys", "1024"],
     "Memory, K = 8": ["--mem-topk", "8"],
 }
+# The same tables with another optimizer.
+STUDY |= {
+    f"Memory, {slots} slots, AdamW": ["--mem-n-keys", n, "--table-optimizer", "adamw"]
+    for slots, n in (("16,384", "128"), ("65,536", "256"), ("262,144", "512"),
+                     ("1,048,576", "1024"))}
 LEAST_ROUNDS = 12
 
 
